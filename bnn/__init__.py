@@ -1,0 +1,3 @@
+"""Inference for Bayesian neural nets written in Pyro."""
+
+from bnn.potential import Potential as Potential

@@ -1,0 +1,143 @@
+"""Which rows a minibatch holds, and in what order.
+
+Two sources serve the potential: ``RowStream`` draws row numbers for the plates of a model, ``ArgumentStream`` walks
+through a loader of argument tuples. Every chain has its own stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class RowStream:
+    """Row numbers of one plate, for several chains.
+
+    Without replacement (default), each chain runs through random permutations of all rows laid end to end, so that
+    over ``batch_size / gcd(size, batch_size)`` epochs every row is used equally often, whether or not the batch
+    divides the data. With replacement, every row of every batch is an independent uniform draw.
+
+    :param size: number of rows N.
+    :param batch_size: rows per minibatch B.
+    :param num_chains: number of independent streams K.
+    :param replacement: draw independently instead of by shuffled epochs.
+    :param device: where the row numbers are used.
+
+    >>> rows = RowStream(6, 3, num_chains=2)
+    >>> batches = rows.next(2)          # two minibatches for each of two chains
+    >>> batches.shape
+    torch.Size([2, 2, 3])
+    >>> sorted(batches[:, 0].flatten().tolist())
+    [0, 1, 2, 3, 4, 5]
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        num_chains: int = 1,
+        *,
+        replacement: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.size, self.batch_size, self.num_chains = size, batch_size, num_chains
+        self.replacement, self.device = replacement, device
+        self._order = torch.empty(num_chains, 0, dtype=torch.long, device=device)
+        self._place = 0
+
+    def next(self, steps: int = 1) -> Tensor:
+        """The next ``steps`` minibatches: row numbers of shape ``(steps, chains, batch_size)``."""
+        count = steps * self.batch_size
+        if self.replacement:
+            shape = (steps, self.num_chains, self.batch_size)
+            return torch.randint(self.size, shape, device=self.device)
+        if self._place + count > self._order.shape[1]:
+            self._refill(count)
+        rows = self._order[:, self._place : self._place + count]
+        self._place += count
+        return rows.reshape(self.num_chains, steps, self.batch_size).transpose(0, 1).contiguous()
+
+    def _refill(self, count: int) -> None:
+        rest = self._order[:, self._place :]
+        epochs = max(1, -(-(count - rest.shape[1]) // self.size))
+        fresh = [
+            torch.stack([torch.randperm(self.size, device=self.device) for _ in range(self.num_chains)])
+            for _ in range(epochs)
+        ]
+        self._order = torch.cat([rest, *fresh], 1)
+        self._place = 0
+
+
+class ArgumentStream:
+    """Minibatches out of an iterable of model arguments, for several chains.
+
+    Each chain walks through the iterable on its own, again and again. A ``torch.utils.data.DataLoader`` with
+    ``shuffle=True`` gives every chain its own order. Items may be tuples or lists (positional arguments), dicts
+    (keyword arguments) or single tensors.
+
+    :param batches: any iterable that can be iterated again; not a generator.
+    :param num_chains: number of independent walks.
+    :raises ValueError: if it can be iterated only once, or is empty.
+    """
+
+    def __init__(self, batches: Iterable[Any], num_chains: int = 1) -> None:
+        self.batches, self.num_chains = batches, num_chains
+        self._walks: list[Iterator[Any]] = [iter(batches) for _ in range(num_chains)]
+        if any(walk is batches for walk in self._walks):
+            raise ValueError(
+                "batches= must be iterable again and again, like a list or a torch DataLoader; "
+                f"{type(batches).__name__} is used up after one pass. Wrap it in list(...) if it fits in memory."
+            )
+
+    def next(self) -> list[Arguments]:
+        """The next minibatch of every chain, as ``(args, kwargs)``."""
+        return [self._next(chain) for chain in range(self.num_chains)]
+
+    def _next(self, chain: int) -> Arguments:
+        for _ in range(2):
+            try:
+                return arguments_of(next(self._walks[chain]))
+            except StopIteration:
+                self._walks[chain] = iter(self.batches)
+        raise ValueError("batches= is empty: it must yield at least one tuple of model arguments.")
+
+
+def arguments_of(item: Any) -> Arguments:
+    """An item of a loader as positional and keyword arguments of the model."""
+    if isinstance(item, Mapping):
+        return (), dict(item)
+    if isinstance(item, (tuple, list)):
+        return tuple(item), {}
+    return (item,), {}
+
+
+class TensorLeaves:
+    """Splits model arguments into their tensors and all else, and puts them together again.
+
+    :param arguments: example arguments.
+    """
+
+    def __init__(self, arguments: Arguments) -> None:
+        leaves, self.spec = pytree.tree_flatten(arguments)
+        self.others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+
+    @staticmethod
+    def tensors(arguments: Arguments) -> list[Tensor]:
+        """The tensors among the arguments, in a fixed order."""
+        return [leaf.detach() for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+
+    def arguments(self, tensors: Iterable[Tensor]) -> Arguments:
+        """The arguments with ``tensors`` in their places."""
+        rest = iter(tensors)
+        leaves = [
+            next(rest) if is_tensor else other for is_tensor, other in zip(self.is_tensor, self.others, strict=True)
+        ]
+        result: Arguments = pytree.tree_unflatten(leaves, self.spec)
+        return result

@@ -1,0 +1,263 @@
+"""Record a function of tensors as a straight-line program, and run it fast.
+
+``record`` traces a Python function once with ``make_fx`` into a graph of aten operations and tidies the graph.
+The graph then runs in one of two tiers:
+
+* ``fx``: the graph after a peephole pass, as generated Python that calls PyTorch's own bindings. Needs no compiler.
+* ``inductor``: the graph compiled by TorchInductor into C++ (CPU) or Triton (CUDA).
+
+Every private name of PyTorch that this project needs stands in this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from bnn.peephole import constant_node, is_random, peephole, shape_of
+
+aten = torch.ops.aten
+
+# Constants above this many elements are recomputed rather than stored in the program.
+LARGEST_FOLDED_CONSTANT = 1 << 20
+
+# Overloads that only rename a tensor once the graph is out of autograd's hands.
+_ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
+
+# Python bindings parse their arguments in C and cost a third of an OpOverload's call.
+_BINDINGS: dict[Any, Callable[..., Any]] = {
+    aten.mm.default: torch.mm,
+    aten.addmm.default: torch.addmm,
+    aten.bmm.default: torch.bmm,
+    aten.baddbmm.default: torch.baddbmm,
+    aten.add.Tensor: torch.add,
+    aten.sub.Tensor: torch.sub,
+    aten.mul.Tensor: torch.mul,
+    aten.div.Tensor: torch.div,
+    aten.addcmul.default: torch.addcmul,
+    aten.neg.default: torch.neg,
+    aten.relu.default: torch.relu,
+    aten.tanh.default: torch.tanh,
+    aten.sigmoid.default: torch.sigmoid,
+    aten.t.default: torch.t,
+    aten.transpose.int: torch.transpose,
+    aten.log.default: torch.log,
+    aten.exp.default: torch.exp,
+    aten.sqrt.default: torch.sqrt,
+    aten.pow.Tensor_Scalar: torch.pow,
+    aten.sum.default: torch.sum,
+    aten.sum.dim_IntList: torch.sum,
+    aten.unsqueeze.default: torch.unsqueeze,
+    aten.squeeze.dim: torch.squeeze,
+    aten.gather.default: torch.gather,
+    aten.logsumexp.default: torch.logsumexp,
+    aten.view.default: torch.Tensor.view,
+    aten._unsafe_view.default: torch.Tensor.view,
+    aten.reshape.default: torch.reshape,
+    aten.expand.default: torch.Tensor.expand,
+    aten.cat.default: torch.cat,
+    aten.select.int: torch.select,
+    aten.split_with_sizes.default: torch.split_with_sizes,
+    aten.convolution.default: torch.convolution,
+    aten.where.self: torch.where,
+    aten.index_select.default: torch.index_select,
+}
+
+
+class RecordingError(RuntimeError):
+    """The function cannot be recorded: its control flow or side effects depend on the values of its inputs."""
+
+
+@contextlib.contextmanager
+def unvalidated_distributions() -> Iterator[None]:
+    """Switch off value checks of distributions, those built earlier with checks on included.
+
+    ``pyro.validation_enabled(False)`` does not reach a distribution that was expanded while checks were on: the
+    flag is stored on the instance, and the check reads a tensor's truth value, which cannot be recorded.
+    """
+    cls = torch.distributions.Distribution
+    original = cls._validate_sample
+    validate_args = cls._validate_args
+    cls._validate_sample = lambda self, value: None  # type: ignore[method-assign]
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        cls._validate_sample = original  # type: ignore[method-assign]
+        torch.distributions.Distribution.set_default_validate_args(validate_args)
+
+
+def record(function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor]) -> GraphModule:
+    """Trace ``function(*inputs)`` into a graph of aten operations with its constants folded.
+
+    :param function: maps tensors to a tuple of tensors; may use ``torch.func`` transforms.
+    :param inputs: example inputs; their shapes, dtypes and devices become part of the recording.
+    :raises RecordingError: if the function reads values (``.item()``, ``if tensor``) or writes to tensors that
+        outlive the call.
+    """
+    try:
+        with unvalidated_distributions(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph_module = make_fx(function)(*inputs)
+            if _mutates(graph_module):
+                graph_module = make_fx(torch.func.functionalize(function))(*inputs)
+    except Exception as error:
+        message = str(error).strip().splitlines()
+        raise RecordingError(f"{type(error).__name__}: {message[0] if message else 'no message'}") from error
+    if _mutates(graph_module):
+        raise RecordingError("the model writes to a tensor that outlives the call, such as batch norm's running mean")
+    _drop_aliases(graph_module)
+    _fold_constants(graph_module)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def used_inputs(graph_module: GraphModule) -> list[bool]:
+    """Whether each input of the graph influences its outputs."""
+    return [bool(node.users) for node in graph_module.graph.nodes if node.op == "placeholder"]
+
+
+def draws_random_numbers(graph_module: GraphModule) -> bool:
+    """Whether the program draws random numbers itself (dropout, augmentation noise in a model)."""
+    return any(is_random(node) for node in graph_module.graph.nodes)
+
+
+def has_convolution(graph_module: GraphModule) -> bool:
+    """Whether the program contains a convolution."""
+    return any("convolution" in str(node.target) for node in graph_module.graph.nodes)
+
+
+def run_fx(graph_module: GraphModule) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The program as generated Python, after the peephole pass."""
+    graph_module = copy.deepcopy(graph_module)
+    peephole(graph_module)
+    _use_bindings(graph_module)
+    return _without_grad(_lift_constants(graph_module))
+
+
+def run_inductor(
+    graph_module: GraphModule, inputs: Sequence[torch.Tensor]
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The program compiled by TorchInductor.
+
+    :raises RuntimeError: if inductor cannot compile it, for instance without a C++ compiler.
+    """
+    from torch._inductor import compile as compile_graph
+
+    graph_module = copy.deepcopy(graph_module)
+    lifted = _lift_constants(graph_module)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = compile_graph(lifted.graph_module, [*inputs, *lifted.constants])
+            program = _without_grad(_Lifted(compiled, lifted.constants, lifted.graph_module))
+            program(*inputs)
+    except Exception as error:
+        raise RuntimeError(f"inductor could not compile the recorded program: {error}") from error
+    return program
+
+
+class _Lifted:
+    """A program whose constants are passed as inputs: attribute look-ups on a module cost more than a small op."""
+
+    def __init__(self, call: Callable[..., Any], constants: list[torch.Tensor], graph_module: GraphModule) -> None:
+        self.call, self.constants, self.graph_module = call, constants, graph_module
+
+    def __call__(self, *inputs: torch.Tensor) -> Any:
+        return self.call(*inputs, *self.constants)
+
+
+def _without_grad(program: Callable[..., Any]) -> Callable[..., Any]:
+    no_grad = torch.no_grad
+
+    def call(*inputs: torch.Tensor) -> Any:
+        with no_grad():
+            return program(*inputs)
+
+    return call
+
+
+def _mutates(graph_module: GraphModule) -> bool:
+    return any(
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        and not is_random(node)
+        for node in graph_module.graph.nodes
+    )
+
+
+def _replace(graph_module: GraphModule, node: Node, replacement: Node) -> None:
+    node.replace_all_uses_with(replacement)
+    graph_module.graph.erase_node(node)
+
+
+def _drop_aliases(graph_module: GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        if node.op == "call_function" and node.target in _ALIASES:
+            _replace(graph_module, node, node.args[0])
+    graph_module.graph.eliminate_dead_code()
+
+
+def _fold_constants(graph_module: GraphModule) -> None:
+    """Evaluate once what depends on no input."""
+    graph = graph_module.graph
+    constants: dict[Node, torch.Tensor] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            constants[node] = getattr(graph_module, node.target)
+            continue
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or is_random(node):
+            continue
+        if node.target in (aten.ones_like.default, aten.zeros_like.default) and shape_of(node) is not None:
+            like, fill = node.meta["val"], float(node.target is aten.ones_like.default)
+            value = torch.full(like.shape, fill, dtype=like.dtype, device=like.device)
+        elif all(i in constants for i in node.all_input_nodes):
+            arguments = torch.fx.map_arg(node.args, lambda n: constants[n])
+            keywords = torch.fx.map_arg(node.kwargs, lambda n: constants[n])
+            with torch.no_grad():
+                value = node.target(*arguments, **keywords)
+        else:
+            continue
+        if not isinstance(value, torch.Tensor) or value.numel() > LARGEST_FOLDED_CONSTANT:
+            continue
+        folded = constant_node(graph_module, node, value)
+        constants[folded] = value
+        _replace(graph_module, node, folded)
+    graph.eliminate_dead_code()
+
+
+def _use_bindings(graph_module: GraphModule) -> None:
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and node.target in _BINDINGS:
+            node.target = _BINDINGS[node.target]
+    graph_module.recompile()
+
+
+def _lift_constants(graph_module: GraphModule) -> _Lifted:
+    graph = graph_module.graph
+    constants: list[torch.Tensor] = []
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    lifted: dict[str, Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        if node.target not in lifted:
+            value = getattr(graph_module, node.target)
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"constant_{len(constants)}")
+            last.meta["val"] = value
+            constants.append(value.detach())
+            lifted[node.target] = last
+        _replace(graph_module, node, lifted[node.target])
+    graph.eliminate_dead_code()
+    graph_module.recompile()
+    return _Lifted(graph_module.forward, constants, graph_module)

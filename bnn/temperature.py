@@ -1,0 +1,84 @@
+"""The temperature that a run asked for, beside the one that it had.
+
+Kinetic: rᵀM⁻¹r / d, whose expectation is T; over K independent draws d·K times it is T·χ²_{dK}.
+Configurational: zᵀ∇U(z) / d, whose expectation is T for any confining U (the virial theorem).
+
+Leimkuhler and Matthews (2015), "Molecular dynamics", section 6.1.5; Wenzel et al. (2020), ICML, appendix I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class MeasuredTemperature(NamedTuple):
+    """A temperature measured over a run.
+
+    :ivar mean: its mean over chains and draws.
+    :ivar error: Monte Carlo standard error of the mean.
+    :ivar low: lower end of the region in which the mean of an unbiased run lies with 99 % probability.
+    :ivar high: upper end of that region.
+    """
+
+    mean: float
+    error: float
+    low: float
+    high: float
+
+
+def kinetic_region(temperature: float, dim: int, draws: float, level: float = 0.99) -> tuple[float, float]:
+    """The central region of the mean kinetic temperature of ``draws`` independent momenta: T·χ²_{dK}/(dK).
+
+    >>> low, high = kinetic_region(1.0, dim=100, draws=10)
+    >>> round(low, 3), round(high, 3)
+    (0.888, 1.118)
+    """
+    freedom = max(dim * draws, 1e-12)
+    tail = (1.0 - level) / 2.0
+    low, high = stats.chi2.ppf([tail, 1.0 - tail], freedom) / freedom
+    return float(temperature * low), float(temperature * high)
+
+
+def effective_draws(values: np.ndarray) -> float:
+    """Effective number of draws in a statistic ``(chains, draws)``, by Pyro's and ArviZ's estimator of Geyer."""
+    from arviz import ess
+
+    chains, draws = values.shape
+    if draws < 4 or not np.ptp(values) > 0:
+        return float(chains)
+    return float(np.clip(np.asarray(ess(np.asarray(values, dtype=float), method="mean")), 1.0, chains * draws))
+
+
+def measure(sample_stats: Mapping[str, Any], name: str, dim: int, level: float = 0.99) -> MeasuredTemperature:
+    """Mean of the statistic ``name`` with its error and the region expected at the temperature asked for.
+
+    :param sample_stats: statistics ``(chains, draws)``; must hold ``name`` and ``temperature``.
+    :param name: ``"kinetic_temperature"`` or ``"configurational_temperature"``.
+    :param dim: number of coordinates d.
+    """
+    values = np.asarray(sample_stats[name], dtype=float)
+    asked = float(np.mean(np.asarray(sample_stats["temperature"], dtype=float)))
+    draws = effective_draws(values)
+    error = float(values.std() / np.sqrt(draws))
+    if name == "kinetic_temperature":
+        low, high = kinetic_region(asked, dim, draws, level)
+    else:  # approximately normal about T with the measured spread
+        width = float(stats.norm.ppf(0.5 + level / 2.0)) * error
+        low, high = asked - width, asked + width
+    return MeasuredTemperature(float(values.mean()), error, low, high)
+
+
+def describe_temperatures(sample_stats: Mapping[str, Any], dim: int) -> str:
+    """One line: the temperature asked for, the measured ones, and where they should lie."""
+    asked = float(np.mean(np.asarray(sample_stats["temperature"], dtype=float)))
+    parts = [f"Temperature: asked {asked:.4g}"]
+    for name in ("kinetic_temperature", "configurational_temperature"):
+        if name in sample_stats:
+            m = measure(sample_stats, name, dim)
+            label = name.split("_")[0]
+            parts.append(f"{label} {m.mean:.4g} +- {m.error:.2g} (99 % region [{m.low:.4g}, {m.high:.4g}])")
+    return "; ".join(parts)

@@ -1,0 +1,122 @@
+"""Choose how a recorded program runs: as generated Python (``fx``) or compiled (``inductor``).
+
+``auto`` times both on this machine and keeps the faster, but compiles only where the run is long enough to repay it.
+The timings are kept beside inductor's own cache, so that the same run chooses the same tier again and a seed fixes
+its result bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from bnn.recording import run_fx, run_inductor
+
+TIERS = ("auto", "inductor", "fx", "handlers")
+
+# Seconds that a run must last in the fx tier before a compilation, about ten seconds when cold, can repay itself.
+SECONDS_TO_REPAY = 25.0
+
+Program = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def check_tier(compile: str) -> None:
+    """:raises ValueError: if ``compile`` names no tier."""
+    if compile not in TIERS:
+        raise ValueError(f"compile={compile!r} is not a tier: choose one of {', '.join(map(repr, TIERS))}.")
+
+
+def choose(
+    graph_module: GraphModule, inputs: Sequence[torch.Tensor], compile: str = "auto", calls: int = 0
+) -> tuple[Program, str]:
+    """A callable for the recorded program, and the name of its tier.
+
+    :param graph_module: the recording.
+    :param inputs: example inputs; must be left unchanged by the program.
+    :param compile: ``"fx"``, ``"inductor"``, or ``"auto"`` to take the faster where that repays its compilation.
+    :param calls: how often the program will run, as far as is known.
+    :raises RuntimeError: if ``compile="inductor"`` and inductor cannot compile.
+    """
+    if compile == "inductor":
+        return run_inductor(graph_module, inputs), "inductor"
+    program = run_fx(graph_module)
+    if compile == "fx" or calls <= 0:
+        return program, "fx"
+    memory = _Memory(graph_module, inputs)
+    if "fx" not in memory.seconds:
+        memory.store("fx", _seconds(program, inputs))
+    if calls * memory.seconds["fx"] < SECONDS_TO_REPAY:
+        return program, "fx"
+    if memory.seconds.get("inductor", 0.0) > memory.seconds["fx"]:
+        return program, "fx"
+    try:
+        compiled = run_inductor(graph_module, inputs)
+    except RuntimeError:
+        memory.store("inductor", float("inf"))
+        return program, "fx"
+    if "inductor" not in memory.seconds:
+        memory.store("inductor", _seconds(compiled, inputs))
+    faster = memory.seconds["inductor"] <= memory.seconds["fx"]
+    return (compiled, "inductor") if faster else (program, "fx")
+
+
+def _seconds(program: Program, inputs: Sequence[torch.Tensor], budget: float = 0.2) -> float:
+    """Median seconds of one call. A program that draws random numbers leaves the generator as it was."""
+    devices = [inputs[0].device] if inputs[0].is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        times: list[float] = []
+        program(*inputs)
+        end = time.perf_counter() + budget
+        while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
+            start = time.perf_counter()
+            program(*inputs)
+            if devices:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+class _Memory:
+    """Timings of one program on this machine, in a file beside inductor's cache."""
+
+    def __init__(self, graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> None:
+        described = [
+            graph_module.code,
+            str([(tuple(t.shape), str(t.dtype), str(t.device)) for t in inputs]),
+            str([(name, tuple(b.shape)) for name, b in graph_module.named_buffers()]),
+            torch.__version__,
+            str(torch.get_num_threads()),
+        ]
+        key = hashlib.sha256("\n".join(described).encode()).hexdigest()[:32]
+        self.path = _cache_folder() / f"bnn-tier-{key}.json"
+        try:
+            self.seconds: dict[str, float] = {k: float(v) for k, v in json.loads(self.path.read_text()).items()}
+        except (OSError, ValueError):
+            self.seconds = {}
+
+    def store(self, tier: str, seconds: float) -> None:
+        self.seconds[tier] = seconds
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                json.dump(self.seconds, file)
+            os.replace(file.name, self.path)
+        except OSError:  # a read-only cache only costs the next run its memory
+            pass
+
+
+def _cache_folder() -> Path:
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    folder: Any = cache_dir()
+    return Path(folder)

@@ -1,0 +1,1 @@
+"""Variational guides for `pyro.infer.SVI`."""

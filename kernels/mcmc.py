@@ -1,0 +1,321 @@
+"""The runner: ``pyro.infer.MCMC`` that moves all chains at once.
+
+The private names of Pyro's runner that this project needs stand in this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import MCMC as PyroMCMC
+from pyro.infer.mcmc.api import _MultiSampler, _UnarySampler
+from pyro.infer.mcmc.util import print_summary
+from pyro.infer.mcmc.util import diagnostics as site_diagnostics
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bnn.kernels._base import StochasticGradientKernel
+from bnn.temperature import describe_temperatures
+
+METHODS = ("vectorized", "sequential", "parallel")
+
+# Above this many numbers a site's effective sample sizes cost more than they say.
+LARGEST_DIAGNOSED_SITE = 2_000
+
+
+class MCMC(PyroMCMC):
+    """``pyro.infer.MCMC`` with vectorized chains, statistics per draw and minibatch kernels.
+
+    A drop-in replacement: all arguments of Pyro's class are served, with the same meaning, for the kernels here and
+    for Pyro's own. ``get_samples``, ``summary``, ``diagnostics`` and ``arviz.from_pyro`` work as before.
+
+    :param kernel: one of ``bnn.kernels``, or a kernel of Pyro such as ``NUTS``.
+    :param num_samples: draws per chain that are kept.
+    :param warmup_steps: draws per chain that are thrown away first; as many as ``num_samples`` by default.
+    :param initial_params: unconstrained starting values per site, with a leading chain dimension if
+        ``num_chains > 1``.
+    :param num_chains: number of chains.
+    :param hook_fn: called as ``hook_fn(kernel, params, stage, i)`` after each draw; in a vectorized run ``params`` lead
+        with the chain dimension.
+    :param mp_context: for ``chain_method="parallel"``; ``"spawn"`` by default, since forked PyTorch threads hang.
+    :param disable_progbar: show no progress bar.
+    :param disable_validation: as in Pyro.
+    :param transforms: as in Pyro.
+    :param save_params: names of the sites to keep; all by default.
+    :param chain_method: ``"vectorized"`` (all chains in one program; Pyro's own kernels run sequentially),
+        ``"sequential"``, or ``"parallel"`` (one process per chain).
+    :raises ValueError: for fewer than one draw or chain, an unknown ``chain_method``, or unknown ``save_params``.
+
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> from bnn.kernels import MCMC, SGLD
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0., 1.))
+    >>> pyro.set_rng_seed(0)
+    >>> mcmc = MCMC(SGLD(model, step_size=0.1), num_samples=100, num_chains=4, disable_progbar=True)
+    >>> mcmc.run()
+    >>> mcmc.get_samples(group_by_chain=True)["z"].shape
+    torch.Size([4, 100])
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        num_samples: int,
+        warmup_steps: int | None = None,
+        initial_params: Mapping[str, Tensor] | None = None,
+        num_chains: int = 1,
+        hook_fn: Callable[..., Any] | None = None,
+        mp_context: str | None = None,
+        disable_progbar: bool = False,
+        disable_validation: bool | None = True,
+        transforms: Mapping[str, Any] | None = None,
+        save_params: Sequence[str] | None = None,
+        *,
+        chain_method: str = "vectorized",
+    ) -> None:
+        for name, value, least in (
+            ("num_samples", num_samples, 1),
+            ("num_chains", num_chains, 1),
+            ("warmup_steps", num_samples if warmup_steps is None else warmup_steps, 0),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is {value!r}; give a whole number of at least {least}.")
+        if chain_method not in METHODS:
+            raise ValueError(f"chain_method={chain_method!r} is unknown: choose one of {', '.join(map(repr, METHODS))}.")
+        # Pyro sorts names when it unpacks draws but not when it packs them.
+        save = None if save_params is None else sorted(save_params)
+        super().__init__(
+            kernel,
+            num_samples,
+            warmup_steps,
+            num_chains=1,
+            hook_fn=hook_fn,
+            disable_progbar=disable_progbar,
+            disable_validation=disable_validation,
+            transforms=transforms,
+            save_params=save,
+        )
+        self.num_chains, self.chain_method = num_chains, chain_method
+        self._save, self._hook, self._disable_progbar = save, hook_fn, disable_progbar
+        self._asked_samples = num_samples
+        self._diagnostics = [None] * num_chains
+        self._sample_stats: dict[str, Tensor] = {}
+        self._initial = initial_params
+        if initial_params is not None:
+            if num_chains > 1:
+                self._validate_initial_params(initial_params)
+            else:
+                initial_params = {name: value.unsqueeze(0) for name, value in initial_params.items()}
+            self._initial = initial_params
+        self._ours = isinstance(kernel, StochasticGradientKernel)
+        settings = (kernel, num_samples, self.warmup_steps, num_chains)
+        if chain_method == "parallel" and num_chains > 1:
+            self.sampler = _ParallelSampler(
+                *settings, mp_context or "spawn", disable_progbar, initial_params=initial_params, hook=hook_fn
+            )
+        else:
+            self.sampler = _UnarySampler(*settings, disable_progbar, initial_params=initial_params, hook=hook_fn)
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Draw the chains. An interrupt (Ctrl-C) keeps what was drawn.
+
+        :param args: arguments of the model.
+        :param kwargs: keyword arguments of the model.
+        :raises RuntimeError: if every chain diverges before its first draw.
+        """
+        self.num_samples = self._asked_samples
+        self._diagnostics = [None] * self.num_chains
+        self._sample_stats = {}
+        parallel = self.chain_method == "parallel" and self.num_chains > 1
+        if not self._ours or parallel:
+            super().run(*args, **kwargs)
+            return
+        self._args, self._kwargs = args, kwargs
+        validation = pyro.settings.get("validate_distributions_pyro")
+        validate = validation if self.disable_validation is None else not self.disable_validation
+        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        with poutine.block(), pyro.validation_enabled(validate):
+            if self.chain_method == "vectorized":
+                groups = [range(self.num_chains)]
+            else:
+                groups = [range(chain, chain + 1) for chain in range(self.num_chains)]
+            self._run_groups(groups, args, kwargs)
+
+    def _run_groups(self, groups: Sequence[range], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        finished: list[_Draws] = []
+        for group in groups:
+            draws = self._run_group(group, args, kwargs)
+            if draws.count < self.num_samples and finished and not draws.all_stopped:
+                break  # interrupted: the finished chains are whole
+            finished.append(draws)
+            if draws.interrupted:
+                break
+        self.num_samples = min(draws.count for draws in finished)
+        count = self.num_samples
+        z = torch.cat([draws.values[:, :count] for draws in finished]) if len(finished) > 1 else finished[0].values[:, :count]
+        self.transforms = self.kernel.transforms if self.transforms is None else self.transforms
+        self._samples = {}
+        for name, (place, shape) in finished[0].places.items():
+            value = z[..., place].reshape(*z.shape[:2], *shape)
+            self._samples[name] = self.transforms[name].inv(value) if name in self.transforms else value
+        self._diagnostics = [entry for draws in finished for entry in draws.diagnostics]
+        stats = [draws.stats for draws in finished]
+        self._sample_stats = {name: torch.cat([s[name][:, :count] for s in stats]) for name in stats[0]}
+        if len(self._diagnostics) < self.num_chains:
+            warnings.warn(
+                f"interrupted: {len(self._diagnostics)} of {self.num_chains} chains are complete and kept.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            self.num_chains = len(self._diagnostics)
+        elif count < self._asked_samples:
+            why = "interrupted" if finished[-1].interrupted else "all chains stopped"
+            warnings.warn(f"{why}: {count} of {self._asked_samples} draws are kept.", RuntimeWarning, stacklevel=4)
+
+    def _run_group(self, chains: range, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Draws:
+        kernel, warmup = self.kernel, self.warmup_steps
+        kernel.num_chains, kernel.num_samples = len(chains), self.num_samples
+        label = "" if len(chains) == self.num_chains else f" [{chains[0]}]"
+        initial = self._initial
+        kernel.initial_params = None if initial is None else {n: v[chains.start : chains.stop] for n, v in initial.items()}
+        try:
+            kernel.setup(warmup, *args, **kwargs)
+            draws = _Draws(kernel, len(chains), self.num_samples, self._save)
+            with tqdm(total=warmup + self.num_samples, disable=self._disable_progbar, desc="Warmup" + label) as bar:
+                try:
+                    self._draw(draws, bar, label)
+                except KeyboardInterrupt:
+                    if not draws.count:
+                        raise
+                    draws.interrupted = True
+            draws.finish()
+            return draws
+        finally:
+            kernel.cleanup()
+            kernel.num_chains = kernel.num_samples = None
+
+    def _draw(self, draws: _Draws, bar: Any, label: str) -> None:
+        kernel, hook, shown = self.kernel, self._hook, 0.0
+        for i in range(self.warmup_steps + self.num_samples):
+            if i == self.warmup_steps:
+                bar.set_description("Sample" + label, refresh=False)
+            kernel.advance()
+            if i >= self.warmup_steps:
+                draws.add(kernel.position)
+            if hook is not None:
+                warm = i < self.warmup_steps
+                hook(kernel, kernel.initial_params, "Warmup" if warm else "Sample", i - (0 if warm else self.warmup_steps))
+            if not self._disable_progbar:
+                now = time.monotonic()
+                if now - shown > 0.5:
+                    bar.set_postfix(kernel.logging(), refresh=False)
+                    shown = now
+                bar.update()
+            if kernel.any_stopped and kernel.all_stopped:
+                draws.all_stopped = True
+                if not draws.count:
+                    raise RuntimeError(
+                        f"all chains left the finite numbers in warm-up, by step {kernel.steps_done}: use a smaller "
+                        "step_size, standardise the data, or give better initial_params."
+                    )
+                break
+
+    def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """The draws per site, as Pyro returns them.
+
+        :raises RuntimeError: before ``run``.
+        """
+        self._check_run()
+        return super().get_samples(num_samples, group_by_chain)
+
+    @property
+    def sample_stats(self) -> dict[str, Tensor]:
+        """Statistics per draw, name -> ``(chains, draws)``: energy, temperatures, norms, settings, divergences."""
+        self._check_run()
+        return self._sample_stats
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Effective sample size and split R-hat per site, and the kernel's diagnostics per chain.
+
+        Sites of more than 2,000 numbers are left out: for weights of a net, ask for them on predictions.
+        """
+        self._check_run()
+        small = {n: v for n, v in self._samples.items() if v[0, 0].numel() <= LARGEST_DIAGNOSED_SITE}
+        enough = small and self.num_samples >= 4
+        result = dict(site_diagnostics(small)) if enough else {}
+        for name in self._diagnostics[0] or {}:
+            result[name] = {f"chain {i}": entry[name] for i, entry in enumerate(self._diagnostics)}
+        return result
+
+    def summary(self, prob: float = 0.9) -> None:
+        """Print Pyro's table of sites, then the temperature asked for and measured, and divergences."""
+        self._check_run()
+        small = {n: v for n, v in self._samples.items() if v[0, 0].numel() <= LARGEST_DIAGNOSED_SITE}
+        if small and self.num_samples >= 4:
+            print_summary(small, prob=prob)
+        for name in sorted(set(self._samples) - set(small)):
+            print(f"{name}: {self._samples[name][0, 0].numel()} numbers, not listed")
+        if self._sample_stats:
+            print(describe_temperatures({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim))
+        if self._diagnostics[0] and "divergences" in self._diagnostics[0]:
+            print(f"Number of divergences: {sum(len(entry['divergences']) for entry in self._diagnostics)}")
+
+    @property
+    def _dim(self) -> int:
+        return sum(value[0, 0].numel() for value in self._samples.values())
+
+    def _check_run(self) -> None:
+        if self._samples is None:
+            raise RuntimeError("there are no draws yet: call run(...) first.")
+
+
+class _Draws:
+    """Draws of a group of chains in one array that is allocated before the run."""
+
+    def __init__(self, kernel: StochasticGradientKernel, chains: int, num_samples: int, save: Sequence[str] | None) -> None:
+        potential = kernel.potential
+        unknown = sorted(set(save or ()) - set(potential.sites))
+        if unknown:
+            raise ValueError(f"save_params names {unknown}; the model's latent sites are {list(potential.sites)}.")
+        sites = [potential.sites[name] for name in (save if save is not None else potential.sites)]
+        self.kernel, self.count, self.interrupted, self.all_stopped = kernel, 0, False, False
+        self.places: dict[str, tuple[slice, torch.Size]] = {}
+        offset = 0
+        for site in sites:
+            size = site.shape.numel()
+            self.places[site.name] = slice(offset, offset + size), site.shape
+            offset += size
+        self.pieces = None if save is None else [site.slice for site in sites]
+        self.values = torch.empty(chains, num_samples, offset, dtype=potential.dtype, device=potential.device)
+
+    def add(self, position: Tensor) -> None:
+        if self.pieces is not None:
+            position = torch.cat([position[:, piece] for piece in self.pieces], -1)
+        self.values[:, self.count] = position
+        self.count += 1
+
+    def finish(self) -> None:
+        self.diagnostics = self.kernel.chain_diagnostics()
+        self.stats = self.kernel.sample_stats()
+
+
+class _ParallelSampler(_MultiSampler):
+    """Pyro's process-per-chain sampler, except that each chain keeps its own starting point.
+
+    Pyro hands one kernel object to all workers, so that the last chain's initial values overwrite the others'.
+    """
+
+    def init_workers(self, *args: Any, **kwargs: Any) -> None:
+        super().init_workers(*args, **kwargs)
+        for process, chain in zip(self.workers, range(self.num_chains), strict=True):
+            worker = process._target.__self__
+            worker.kernel = copy.deepcopy(self.kernel)
+            if self.initial_params is not None:
+                worker.kernel.initial_params = {name: value[chain] for name, value in self.initial_params.items()}

@@ -1,0 +1,274 @@
+"""Tempered stochastic gradient Hamiltonian Monte Carlo.
+
+    dz = M⁻¹ r dt,   dr = −∇U dt − C M⁻¹ r dt + √(2 C T) dW          stationary law exp(−U/T) · N(r; 0, T M)
+
+Chen, Fox and Guestrin (2014), "Stochastic gradient Hamiltonian Monte Carlo", ICML, equation 9, at temperature T. The
+noise variance is 2CTh: a factor T in front of the noise, as some slides have it, samples at temperature T².
+
+One step of each integrator, with c = exp(−hC/M), ξ ~ N(0, I) and one gradient ∇Û:
+
+    symplectic_euler   r ← (1 − hC/M) r − h ∇Û(z) + √(2hCT) ξ;   z ← z + h r/M
+    bbaoa              r ← r − h ∇Û(z);   z ← z + h/2 r/M;   r ← c r + √(MT(1 − c²)) ξ;   z ← z + h/2 r/M
+    baoab              B A O A B:  B is r ← r − h/2 ∇Û,  A is z ← z + h/2 r/M,  O as above
+    obabo              O B A B O:  O over h/2, B over h/2, A over h
+
+Leimkuhler and Matthews (2013), "Rational construction of stochastic numerical methods for molecular sampling", AMRX.
+Wenzel et al. (2020), "How good is the Bayes posterior in deep neural networks really?", ICML, use symplectic_euler.
+
+Bias on U = ½ k z², ω² = k/M: bbaoa and baoab give Var z = T/k exactly; obabo T/(k(1 − h²ω²/4)); symplectic_euler
+T(1 − hγ/2) / (k(1 − hγ/2 − h²ω²/4)) with γ = C/M. Minibatch noise of variance V adds hV/(2C) to T.
+Cost: one gradient a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnn.kernels._base import EnergyAndGrad, Evaluation, StochasticGradientKernel
+from bnn.kernels.schedules import Schedule, check_setting, value_at
+
+Integrator = Literal["bbaoa", "symplectic_euler", "baoab", "obabo"]
+
+
+class SGHMCState(NamedTuple):
+    """State of SGHMC: position, momentum and the gradient kept between steps, each ``(chains, dim)``.
+
+    The integrators that need no gradient from the step before keep an empty one, ``(chains, 0)``.
+    """
+
+    position: Tensor
+    momentum: Tensor
+    grad: Tensor
+
+
+def init(position: Tensor, momentum: Tensor, grad: Tensor | None = None) -> SGHMCState:
+    """The state at a starting position with a momentum drawn from N(0, T M)."""
+    return SGHMCState(position, momentum, position[:, :0].clone() if grad is None else grad)
+
+
+class Coefficients(NamedTuple):
+    """Numbers of one step, each of shape () or (dim,)."""
+
+    step_size: Tensor  # h
+    velocity: Tensor  # h / M
+    decay: Tensor  # c, or 1 − hC/M
+    noise_scale: Tensor  # standard deviation of the noise in r
+
+
+def symplectic_euler(
+    state: SGHMCState, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], k: Coefficients
+) -> tuple[SGHMCState, Evaluation]:
+    """Momentum first, then position with the new momentum."""
+    energy, grad = energy_and_grad(state.position)
+    momentum = state.momentum * k.decay - grad * k.step_size + noise[0] * k.noise_scale
+    position = state.position + momentum * k.velocity
+    return SGHMCState(position, momentum, state.grad), Evaluation(state.position, energy, grad)
+
+
+def bbaoa(
+    state: SGHMCState, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], k: Coefficients
+) -> tuple[SGHMCState, Evaluation]:
+    """BAOAB started half a kick later, so that one gradient serves both of its B moves."""
+    energy, grad = energy_and_grad(state.position)
+    half = k.velocity * 0.5
+    momentum = state.momentum - grad * k.step_size
+    position = state.position + momentum * half
+    momentum = momentum * k.decay + noise[0] * k.noise_scale
+    position = position + momentum * half
+    return SGHMCState(position, momentum, state.grad), Evaluation(state.position, energy, grad)
+
+
+def baoab(
+    state: SGHMCState, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], k: Coefficients
+) -> tuple[SGHMCState, Evaluation]:
+    """Kick, drift, fluctuate, drift, kick; the closing kick's gradient opens the next step."""
+    half_step, half = k.step_size * 0.5, k.velocity * 0.5
+    momentum = state.momentum - state.grad * half_step
+    position = state.position + momentum * half
+    momentum = momentum * k.decay + noise[0] * k.noise_scale
+    position = position + momentum * half
+    energy, grad = energy_and_grad(position)
+    momentum = momentum - grad * half_step
+    return SGHMCState(position, momentum, grad), Evaluation(position, energy, grad)
+
+
+def obabo(
+    state: SGHMCState, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], k: Coefficients
+) -> tuple[SGHMCState, Evaluation]:
+    """Fluctuate, leapfrog, fluctuate; the one splitting that admits an exact Metropolis test."""
+    half_step = k.step_size * 0.5
+    momentum = state.momentum * k.decay + noise[0] * k.noise_scale - state.grad * half_step
+    position = state.position + momentum * k.velocity
+    energy, grad = energy_and_grad(position)
+    momentum = (momentum - grad * half_step) * k.decay + noise[1] * k.noise_scale
+    return SGHMCState(position, momentum, grad), Evaluation(position, energy, grad)
+
+
+_INTEGRATORS = {"bbaoa": bbaoa, "symplectic_euler": symplectic_euler, "baoab": baoab, "obabo": obabo}
+_KEEPS_GRADIENT = ("baoab", "obabo")
+
+
+class SGHMC(StochasticGradientKernel):
+    """Stochastic gradient Hamiltonian Monte Carlo (Chen et al. 2014), targeting exp(−U/T).
+
+    The kernel to start with. To come from a learning rate and a momentum decay, see
+    :func:`step_size_and_friction`.
+
+    :param model: a Pyro model; ``pyro.plate(..., subsample_size=B)`` in it makes the minibatches.
+    :param step_size: time step h. Stable below 2 / √(largest curvature of U / M).
+    :param friction: C, per unit of velocity. The momentum forgets at the rate C/M; M times the frequency of the
+        slowest direction is a good value.
+    :param temperature: T; 1 samples the posterior, whatever the data size.
+    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values.
+    :param integrator: ``"bbaoa"`` (exact variance on a Gaussian), ``"symplectic_euler"``, ``"baoab"``, ``"obabo"``.
+    :param gradient_noise: V, the variance of the minibatch gradient ∇Û per coordinate (number, dict or vector); the
+        injected noise is reduced by h²V, to first order in h. Chen et al.'s B̂ is hV/2.
+    :param momentum_resampling: draw the momentum afresh from N(0, T M) every so many steps; None for never.
+    :param options: ``steps_per_sample``, ``batches``, ``compile``, ``replacement`` and ``init_strategy``; see
+        :class:`~bnn.kernels._base.StochasticGradientKernel`.
+    :raises ValueError: for settings that are negative, not finite, of a wrong shape, or a ``gradient_noise`` larger
+        than the friction can absorb.
+
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> from bnn.kernels import MCMC, SGHMC
+    >>> def model(y):
+    ...     mean = pyro.sample("mean", dist.Normal(0., 1.))
+    ...     with pyro.plate("data", len(y), subsample_size=10) as rows:
+    ...         pyro.sample("obs", dist.Normal(mean, 1.), obs=y[rows])
+    >>> pyro.set_rng_seed(0)
+    >>> mcmc = MCMC(SGHMC(model, step_size=0.02, friction=10.), num_samples=200, num_chains=8, disable_progbar=True)
+    >>> mcmc.run(torch.full((100,), 2.))
+    >>> bool((mcmc.get_samples()["mean"].mean() - 200 / 101).abs() < 0.1)
+    True
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        step_size: float | Schedule,
+        friction: float | Schedule,
+        temperature: float | Schedule = 1.0,
+        mass: float | Mapping[str, Any] | Tensor = 1.0,
+        integrator: Integrator = "bbaoa",
+        gradient_noise: float | Mapping[str, Any] | Tensor = 0.0,
+        momentum_resampling: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, step_size=step_size, temperature=temperature, **options)
+        check_setting("friction", friction)
+        if integrator not in _INTEGRATORS:
+            raise ValueError(f"integrator {integrator!r} is unknown: choose one of {', '.join(map(repr, _INTEGRATORS))}.")
+        if momentum_resampling is not None and (not isinstance(momentum_resampling, int) or momentum_resampling < 1):
+            raise ValueError(f"momentum_resampling is {momentum_resampling!r}; give a number of steps >= 1, or None.")
+        self.friction, self.mass, self.integrator = friction, mass, integrator
+        self.gradient_noise, self.momentum_resampling = gradient_noise, momentum_resampling
+        self.noises_per_step = 2 if integrator == "obabo" else 1
+
+    def settings(self) -> dict[str, float | Schedule]:
+        """The settings that may follow a schedule."""
+        return {**super().settings(), "friction": self.friction}
+
+    def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> SGHMCState:
+        """Momentum drawn from N(0, T M)."""
+        scale = torch.sqrt(self._mass() * value_at(self.temperature, 0)).to(position)
+        momentum = torch.randn_like(position) * scale
+        grad = energy_and_grad(position)[1] if self.integrator in _KEEPS_GRADIENT else None
+        return init(position, momentum, grad)
+
+    def coefficients(self, step: int) -> tuple[Tensor, ...]:
+        """h, h/M, the momentum's decay and the noise's standard deviation, then M⁻¹ for the statistics."""
+        h, temperature = value_at(self.step_size, step), value_at(self.temperature, step)
+        friction, mass = value_at(self.friction, step), self._mass()
+        resample = self.momentum_resampling is not None and step % self.momentum_resampling == 0
+        gradient_variance = h**2 * self._gradient_noise()
+        if self.integrator == "symplectic_euler":
+            decay = 1.0 - h * friction / mass
+            variance = 2.0 * h * friction * temperature - gradient_variance
+            if resample:
+                decay, variance = torch.zeros_like(decay), variance + decay**2 * mass * temperature
+        else:
+            interval = 0.5 * h if self.integrator == "obabo" else h
+            decay = torch.exp(-interval * friction / mass) * (0.0 if resample else 1.0)
+            share = 0.5 if self.integrator == "obabo" else 1.0
+            variance = mass * temperature * (1.0 - decay**2) - share * decay**2 * gradient_variance
+        if (variance < 0).any():
+            raise ValueError(
+                f"gradient_noise asks to remove more noise (h²V up to {gradient_variance.max().item():.3g}) than the friction "
+                f"of {friction:.3g} injects in a step of {h:.3g}: raise friction, or lower step_size or gradient_noise."
+            )
+        return torch.tensor(h, dtype=torch.float64), h / mass, decay, torch.sqrt(variance), 1.0 / mass
+
+    def update(
+        self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]
+    ) -> tuple[SGHMCState, Evaluation]:
+        """One step of the chosen integrator."""
+        return _INTEGRATORS[self.integrator](state, energy_and_grad, noise, Coefficients(*coefficients[:4]))
+
+    def momentum_of(self, state: Any) -> tuple[Tensor, Tensor]:
+        """Momentum and inverse mass."""
+        return state.momentum, (1.0 / self._mass()).to(state.momentum)
+
+    def _mass(self) -> Tensor:
+        return self.per_coordinate("mass", self.mass)
+
+    def _gradient_noise(self) -> Tensor:
+        if isinstance(self.gradient_noise, (int, float)) and self.gradient_noise == 0:
+            return torch.zeros((), dtype=torch.float64)
+        return self.per_coordinate("gradient_noise", self.gradient_noise)
+
+
+def step_size_and_friction(
+    learning_rate: float, momentum_decay: float, num_data: int, integrator: Integrator = "bbaoa"
+) -> tuple[float, float]:
+    """``step_size`` and ``friction`` (unit mass) that move like SGD with this learning rate and momentum.
+
+    The learning rate ℓ belongs to the mean loss U/N, the decay β to the heavy-ball momentum; Wenzel et al. (2020):
+
+        symplectic_euler   h = √(ℓ/N),              C = (1 − β)/h
+        splittings         h = √(2ℓ/(N(1 + β))),    C = −log(β)/h
+
+    :raises ValueError: unless learning_rate > 0, num_data >= 1 and momentum_decay lies in [0, 1), (0, 1) for the
+        splittings.
+
+    >>> h, friction = step_size_and_friction(0.1, 0.9, num_data=1000, integrator="symplectic_euler")
+    >>> round(h, 6), round(friction, 6)
+    (0.01, 10.0)
+    """
+    lowest_open = integrator != "symplectic_euler"
+    if not learning_rate > 0 or not num_data >= 1 or not 0 <= momentum_decay < 1 or (lowest_open and momentum_decay == 0):
+        raise ValueError(
+            f"got learning_rate={learning_rate}, momentum_decay={momentum_decay}, num_data={num_data}; give "
+            "learning_rate > 0, num_data >= 1 and a momentum_decay in (0, 1)."
+        )
+    if integrator == "symplectic_euler":
+        h = math.sqrt(learning_rate / num_data)
+        return h, (1.0 - momentum_decay) / h
+    h = math.sqrt(2.0 * learning_rate / (num_data * (1.0 + momentum_decay)))
+    return h, -math.log(momentum_decay) / h
+
+
+def learning_rate_and_momentum(
+    step_size: float, friction: float, num_data: int, integrator: Integrator = "bbaoa"
+) -> tuple[float, float]:
+    """Learning rate of the mean loss and momentum decay of a ``step_size`` and ``friction``: the inverse of
+    :func:`step_size_and_friction`.
+
+    >>> learning_rate, decay = learning_rate_and_momentum(0.01, 10.0, num_data=1000, integrator="symplectic_euler")
+    >>> round(learning_rate, 6), round(decay, 6)
+    (0.1, 0.9)
+    """
+    if not step_size > 0 or not friction >= 0 or not num_data >= 1:
+        raise ValueError(
+            f"got step_size={step_size}, friction={friction}, num_data={num_data}; give step_size > 0, friction >= 0 "
+            "and num_data >= 1."
+        )
+    if integrator == "symplectic_euler":
+        return step_size**2 * num_data, 1.0 - step_size * friction
+    decay = math.exp(-step_size * friction)
+    return step_size**2 * num_data * (1.0 + decay) / 2.0, decay

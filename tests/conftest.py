@@ -1,0 +1,40 @@
+"""What every test starts from: the installed package, one thread, Pyro's seed and an empty parameter store."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# The checkout's own bnn/ would shadow the installed package, in which bnn.kernels is found, so the checkout leaves
+# sys.path before anything imports bnn.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+
+# Read once by the libraries and inherited by spawned processes, hence set before torch and matplotlib are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pyro  # noqa: E402
+import torch  # noqa: E402
+
+SEED = 20
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked ``cuda`` where there is no CUDA device."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Clear what tests share inside one process, and put back the defaults a test may change."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(SEED)
+    torch.set_num_threads(1)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+    pyro.clear_param_store()

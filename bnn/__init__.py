@@ -1,3 +1,4 @@
 """Inference for Bayesian neural nets written in Pyro."""
 
+from bnn.arviz_data import to_arviz as to_arviz
 from bnn.potential import Potential as Potential

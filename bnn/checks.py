@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -10,9 +10,16 @@ from pyro import poutine
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
-from bnn.log_joint import Plate, describe_arguments
 from bnn.minibatch import Arguments, arguments_of
+from bnn.structure import Plate, describe_arguments
+
+
+def is_model(model: Any) -> None:
+    """:raises ValueError: unless ``model`` can be called."""
+    if not callable(model):
+        raise ValueError(f"model is {type(model).__name__}; give a Pyro model: a function or PyroModule to call.")
 
 
 def first_of(batches: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
@@ -62,7 +69,9 @@ def plates_match_batches(
     count = len(batches) if hasattr(batches, "__len__") else None
     if not plates:
         trace = poutine.trace(poutine.block(model, hide=[])).get_trace(*args, **kwargs)
-        scaled = any(s["type"] == "sample" and s["is_observed"] and _is_scaled(s["scale"]) for s in trace.nodes.values())
+        scaled = any(
+            s["type"] == "sample" and s["is_observed"] and _is_scaled(s["scale"]) for s in trace.nodes.values()
+        )
         if count != 1 and not scaled:
             raise ValueError(
                 "batches= yields several batches, but the model counts each as if it were all data. Write "
@@ -72,15 +81,31 @@ def plates_match_batches(
     if len(plates) > 1:
         return
     (plate,) = plates.values()
-    rows = None
-    if isinstance(batches, Sequence):
-        rows = sum(leading_size(*arguments_of(item)) for item in batches)
-    elif hasattr(batches, "dataset") and hasattr(batches.dataset, "__len__"):
-        rows = len(batches.dataset)
+    rows = rows_in(batches)
     if rows is not None and rows != plate.size:
         raise ValueError(
             f"batches= holds {rows} rows in all, but plate {plate.name!r} says that there are {plate.size}: "
             f"write pyro.plate({plate.name!r}, {rows}, subsample_size=len(x))."
+        )
+
+
+def rows_in(batches: Iterable[Any]) -> int | None:
+    """Number of rows of all data behind ``batches``; None if that cannot be told without a pass."""
+    if isinstance(batches, Sequence):
+        return sum(leading_size(*arguments_of(item)) for item in batches)
+    if isinstance(batches, DataLoader) and batches.batch_size is not None and isinstance(batches.sampler, Sized):
+        return len(batches.sampler)
+    return None
+
+
+def batches_have_one_plate(plates: Mapping[str, Plate], batches: Iterable[Any] | None) -> None:
+    """:raises NotImplementedError: if it is not known what share of the data one of several batches holds."""
+    count = len(batches) if isinstance(batches, Sized) else None
+    if batches is not None and count != 1 and len(plates) != 1:
+        raise NotImplementedError(
+            "the energy of all data needs one plate, pyro.plate('data', N, subsample_size=len(x)), around the observed "
+            f"sites to know what share of the data a batch holds; the model has {len(plates)} subsampling plates. "
+            "(poutine.scale alone does not say it.)"
         )
 
 
@@ -125,6 +150,17 @@ def position(value: Tensor, dim: int) -> None:
         raise ValueError(f"position has shape {tuple(value.shape)}; give (chains, {dim}).")
 
 
+def finite_start(energy: Tensor, grad: Tensor) -> None:
+    """:raises ValueError: unless energy ``(chains,)`` and gradient ``(chains, dim)`` are finite."""
+    bad = ~(torch.isfinite(energy) & torch.isfinite(grad).all(-1))
+    if bad.any():
+        raise ValueError(
+            "the energy or its gradient is not finite at the initial values of chains "
+            f"{bad.nonzero().flatten().tolist()} (energy {energy[bad].tolist()}): start inside the support, at a point "
+            "where the data are possible."
+        )
+
+
 def site_values(values: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
     """:raises ValueError: if sites are missing, unknown, or of another shape than ``(chains, *shape)``."""
     missing, unknown = sorted(set(shapes) - set(values)), sorted(set(values) - set(shapes))
@@ -134,16 +170,30 @@ def site_values(values: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) 
             + (f"missing {missing}. " if missing else "")
             + (f"unknown {unknown}." if unknown else "")
         )
-    chains = {len(values[name]) if values[name].dim() else None for name in shapes}
+    counts = {}
     for name, shape in shapes.items():
-        if values[name].dim() != len(shape) + 1 or values[name].shape[1:] != shape or len(chains) > 1:
+        value = values[name]
+        if value.dim() != len(shape) + 1 or value.shape[1:] != shape:
             raise ValueError(
-                f"values of site {name!r} have shape {tuple(values[name].shape)}; wanted is "
-                f"{('chains', *shape)}, the same number of chains for every site."
+                f"values of site {name!r} have shape {tuple(value.shape)}; wanted is {_with_chains(shape)}: the site's "
+                "own shape after one leading dimension for the chains."
             )
+        counts[name] = len(value)
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"sites have values for different numbers of chains, {counts}: give each the same number.")
+
+
+def _with_chains(shape: torch.Size) -> str:
+    return "(" + ", ".join(["chains", *map(str, shape)]) + ("," if not shape else "") + ")"
 
 
 def inside_support(name: str, value: Tensor, support: Any) -> None:
-    """:raises ValueError: unless every entry of ``value`` lies in ``support``."""
-    if not support.check(value).all():
-        raise ValueError(f"values of site {name!r} lie outside its support, {support}: give values inside it.")
+    """:raises ValueError: unless every entry of ``value`` ``(chains, ...)`` lies in ``support``."""
+    inside = support.check(value)
+    if not inside.all():
+        chain = int((~inside.reshape(len(value), -1)).any(-1).nonzero()[0])
+        example = value[~inside][0].flatten()[:4].tolist()
+        raise ValueError(
+            f"values of site {name!r} lie outside its support, {support}: in chain {chain}, for instance, "
+            f"{', '.join(format(number, '.4g') for number in example)}. Give finite values inside it."
+        )

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import initialization as pyro_initialization
 from torch import Tensor
 from torch.distributions import biject_to
 
-from bnn.log_joint import draw_or_feasible
+from bnn.log_joint import quiet_handlers
+from bnn.structure import draw_or_feasible
+
+if TYPE_CHECKING:
+    from bnn.potential import Potential
+
+# How often a start is drawn, per chain, until its energy and gradient are finite.
+TRIES = 100
 
 Strategy = Callable[[Any], Tensor]
 
@@ -78,3 +87,37 @@ def strategy_of(strategy: str | Strategy) -> Strategy:
             "function of pyro.infer.autoguide.initialization."
         )
     return _BY_NAME[strategy]
+
+
+def _finite(init: Strategy, site: Any) -> Tensor:
+    """The init function's value; a prior draw where it has none, as the mean of a half-Cauchy or of a flat prior."""
+    try:
+        value = init(site)
+    except NotImplementedError:
+        return init_to_prior(site)
+    return value if value is None or torch.isfinite(value).all() else init_to_prior(site)
+
+
+def find_starts(potential: Potential, num_chains: int, init: Strategy) -> Tensor:
+    """Positions ``(num_chains, dim)`` at which energy and gradient are finite.
+
+    :param init: gives the value of a site, as Pyro's init functions do.
+    :raises ValueError: if too few are found in 100 tries per chain.
+    """
+    starts: list[Tensor] = []
+    for _ in range(TRIES * num_chains):
+        with torch.no_grad(), quiet_handlers(), poutine.block():
+            model = pyro_initialization.InitMessenger(partial(_finite, init))(potential.model)
+            trace = poutine.trace(model).get_trace(*potential.args, **potential.kwargs)
+        values = {name: trace.nodes[name]["value"].detach().unsqueeze(0) for name in potential.sites}
+        position = potential.from_values(values)
+        energy, grad = potential.gradient_by_chain(position)
+        if torch.isfinite(energy).all() and torch.isfinite(grad).all():
+            starts.append(position)
+        if len(starts) == num_chains:
+            return torch.cat(starts)
+    raise ValueError(
+        f"found {len(starts)} of {num_chains} starts with finite energy and gradient in {TRIES * num_chains} tries: "
+        "check the data's scale and the likelihood, or give starting values (initial_params=, or "
+        "init_strategy=init_to_value(...))."
+    )

@@ -1,122 +1,25 @@
-"""What a Pyro model consists of, and its log joint density as a plain function of tensors.
+"""The log joint density of a Pyro model as a plain function of tensors.
 
-This is the one border with Pyro's handlers: sites, plates, transforms and scales are read here and nowhere else.
+Pyro's handlers are asked here, while a model is recorded or run, for each site's log density, scale, mask and plates.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
-from torch.distributions import transforms as torch_transforms
 
-from bnn.recording import unvalidated_distributions
-
-
-@dataclass(frozen=True)
-class Site:
-    """A latent site of the model and its place in the flat vector.
-
-    :ivar name: the site's name in the model.
-    :ivar shape: shape of its unconstrained value.
-    :ivar value_shape: shape of its value in the model.
-    :ivar transform: from unconstrained to constrained values; None if the support is the whole real space.
-    :ivar support: the constraint on its value.
-    :ivar slice: its place in the flat vector.
-    """
-
-    name: str
-    shape: torch.Size
-    value_shape: torch.Size
-    transform: torch_transforms.Transform | None
-    support: Any
-    slice: slice
-
-    def unflatten(self, position: Tensor) -> Tensor:
-        """The site's unconstrained value out of ``position`` of shape ``(..., dim)``."""
-        return position[..., self.slice].reshape(position.shape[:-1] + self.shape)
-
-    def constrain(self, unconstrained: Tensor) -> Tensor:
-        """The site's value in the model."""
-        return unconstrained if self.transform is None else self.transform(unconstrained)
-
-
-@dataclass(frozen=True)
-class Plate:
-    """A plate that draws a minibatch: ``batch_size`` of ``size`` rows."""
-
-    name: str
-    size: int
-    batch_size: int
-
-
-@dataclass
-class Structure:
-    """Sites and subsampling plates of a model, found by running it once."""
-
-    sites: dict[str, Site] = field(default_factory=dict)
-    plates: dict[str, Plate] = field(default_factory=dict)
-    dim: int = 0
-    dtype: torch.dtype = torch.float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-def structure_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure:
-    """Run the model with Pyro's handlers and read off its latent sites and subsampling plates.
-
-    :raises ValueError: for a model without latent sites, data that are not finite, or arguments whose shape
-        disagrees with a plate.
-    :raises NotImplementedError: for discrete latents, latents inside a subsampled plate, and latents whose support
-        depends on another latent.
-    """
-    plates: dict[str, Plate] = {}
-    traces = []
-    for _ in range(2):
-        reader = _PlateReader()
-        try:
-            with torch.no_grad(), pyro.validation_enabled(True), poutine.block(), reader:
-                trace = poutine.trace(InitMessenger(draw_or_feasible)(model)).get_trace(*args, **kwargs)
-        except (ValueError, RuntimeError, IndexError) as error:
-            raise ValueError(_model_error(error, reader.plates, args, kwargs)) from error
-        plates = reader.plates
-        traces.append(trace)
-    _check_observations(traces[0])
-    latents = {name: site for name, site in traces[0].iter_stochastic_nodes() if not _is_plate(site)}
-    if not latents:
-        raise ValueError(
-            "the model has no latent sites to sample: every pyro.sample statement is observed. "
-            "Give at least one weight a prior, with pyro.sample or PyroSample."
-        )
-    structure = Structure(plates=plates)
-    offset = 0
-    for name, node in latents.items():
-        other = traces[1].nodes.get(name)
-        _check_latent(name, node, other, plates)
-        transform = _transform_of(node["fn"])
-        value = node["value"].detach()
-        unconstrained = value if transform is None else transform.inv(value)
-        size = unconstrained.numel()
-        structure.sites[name] = Site(
-            name, unconstrained.shape, value.shape, transform, node["fn"].support, slice(offset, offset + size)
-        )
-        offset += size
-        structure.dtype = (
-            torch.promote_types(structure.dtype, unconstrained.dtype) if offset > size else unconstrained.dtype
-        )
-        structure.device = unconstrained.device
-    structure.dim = offset
-    return structure
+from bnn.recording import outputs_depend_on_inputs, record, unvalidated_distributions
+from bnn.structure import Site, Structure, base_of, is_observation, is_plate
 
 
 class LogJoint:
@@ -133,6 +36,44 @@ class LogJoint:
     def __init__(self, model: Callable[..., Any], structure: Structure) -> None:
         self.model, self.structure = model, structure
         self.sizes = [site.shape.numel() for site in structure.sites.values()]
+        self.merged: frozenset[str] = frozenset()
+
+    def normal_parameters(
+        self, position: Tensor, rows: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Location and scale, stacked, of the sites that look as if their Normal prior were fixed."""
+        terms = _Terms(self.values(position)[0], rows)
+        self._run(terms, args, kwargs)
+        result = {}
+        for term in terms.terms:
+            if term.name in self.structure.sites and self.structure.sites[term.name].normal is not None:
+                base = base_of(term.fn)
+                result[term.name] = torch.stack([base.loc.reshape(-1)[0], base.scale.reshape(-1)[0]])
+        return result
+
+    def merge_fixed_normals(
+        self, position: Tensor, arguments: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]
+    ) -> None:
+        """Add up, from now on, Normal priors that depend on nothing as one sum over the flat vector.
+
+        Two runs of the model saw the same numbers; a recording shows whether they depend on other sites or the rows.
+
+        :param position: an example ``(1, dim)``.
+        :param arguments: rows, positional and keyword arguments of the model out of minibatch inputs.
+        :param inputs: example minibatch inputs.
+        :raises RecordingError: if the model cannot be recorded.
+        """
+        names = [name for name, site in self.structure.sites.items() if site.normal is not None]
+        if not names:
+            return
+
+        def parameters(position: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                found = self.normal_parameters(position[0], *arguments(inputs))
+            return tuple(found[name] for name in names)
+
+        depends = outputs_depend_on_inputs(record(parameters, [position, *inputs]))
+        self.merged = frozenset(name for name, flag in zip(names, depends, strict=True) if not flag)
 
     def values(self, position: Tensor) -> tuple[dict[str, Tensor], Tensor | float]:
         """Constrained values of one ``position`` of ``dim`` numbers, and the log determinant of the Jacobian."""
@@ -140,7 +81,7 @@ class LogJoint:
         log_det: Tensor | float = 0.0
         pieces = position.split(self.sizes, -1)
         for piece, site in zip(pieces, self.structure.sites.values(), strict=True):
-            unconstrained = piece.reshape(site.shape)
+            unconstrained = piece.reshape(site.shape).to(site.dtype)
             if site.transform is None:
                 values[site.name] = unconstrained
             else:
@@ -163,9 +104,11 @@ class LogJoint:
         :param batch_weight: extra weight of the sites that lie in a subsampled plate (uneven batches of a loader).
         """
         values, log_det = self.values(position)
-        terms = _Terms(values, rows)
+        terms = _Terms(values, rows, skip=self.merged)
         self._run(terms, args, kwargs)
         total = log_det
+        for place, loc, scale in _normal_runs(s for s in self.structure.sites.values() if s.name in self.merged):
+            total = total + _normal_log_prob(position, self.structure.dim, place, loc, scale)
         for term in terms.terms:
             scaled = scale_and_mask(term.log_prob, term.scale, term.mask)
             weighted = scaled.sum() if isinstance(scaled, Tensor) and scaled.dim() else scaled
@@ -199,11 +142,7 @@ class LogJoint:
             log_prob = log_prob if isinstance(log_prob, Tensor) else torch.as_tensor(log_prob, dtype=position.dtype)
             for name, flag in first.items():
                 if name in term.plates:
-                    dim = term.plates[name]
-                    weights = row_weights[name]
-                    if log_prob.dim() >= -dim:
-                        weights = weights.reshape((-1,) + (1,) * (-dim - 1))
-                    log_prob = log_prob * weights
+                    log_prob = log_prob * _along(term.plates[name], row_weights[name], log_prob.dim())
                 else:
                     log_prob = log_prob * flag
             total = total + log_prob.sum()
@@ -215,9 +154,7 @@ class LogJoint:
         """Unscaled log density of each observation: site name -> tensor of the site's batch shape."""
         terms = _Terms(self.values(position)[0], rows)
         self._run(terms, args, kwargs)
-        return {
-            term.name: scale_and_mask(term.log_prob, 1.0, term.mask) for term in terms.terms if term.is_observation
-        }
+        return {term.name: scale_and_mask(term.log_prob, 1.0, term.mask) for term in terms.terms if term.is_observation}
 
     def predict(
         self, position: Tensor, rows: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -232,14 +169,42 @@ class LogJoint:
             self.model(*args, **kwargs)
 
 
+def _along(frame: Any, weights: Tensor, dims: int) -> Tensor:
+    """``weights`` of a plate's rows, shaped to multiply a log density of ``dims`` dimensions inside the plate."""
+    if frame.dim is None:  # a plate that is looped over: its counter says which row this is
+        return weights[(frame.counter - 1) % len(weights)]
+    return weights.reshape((-1,) + (1,) * (-frame.dim - 1)) if dims >= -frame.dim else weights
+
+
+def _normal_runs(sites: Iterable[Site]) -> list[tuple[slice, float, float]]:
+    """Neighbouring sites with the same fixed Normal prior, as places of the flat vector: a net's prior is one sum."""
+    runs: list[tuple[slice, float, float]] = []
+    for site in sites:
+        if site.normal is None:
+            continue
+        if runs and runs[-1][0].stop == site.slice.start and runs[-1][1:] == site.normal:
+            runs[-1] = slice(runs[-1][0].start, site.slice.stop), *site.normal
+        else:
+            runs.append((site.slice, *site.normal))
+    return runs
+
+
+def _normal_log_prob(position: Tensor, dim: int, place: slice, loc: float, scale: float) -> Tensor:
+    count = place.stop - place.start
+    z = position if count == dim else position[..., place]
+    squares = (z if loc == 0.0 else z - loc).square().sum()
+    return squares * (-0.5 / scale**2) - count * (math.log(scale) + 0.5 * math.log(2.0 * math.pi))
+
+
 @dataclass(frozen=True)
 class _Term:
     name: str
+    fn: Any
     log_prob: Tensor
     scale: Any
     unsubsampled_scale: Any
     mask: Any
-    plates: dict[str, int]
+    plates: dict[str, Any]
     is_observation: bool
     value: Any
     frames: tuple[Any, ...] = ()
@@ -248,65 +213,56 @@ class _Term:
 class _Terms(Messenger):
     """Substitutes values and minibatch rows, and collects each site's log density."""
 
-    def __init__(self, values: Mapping[str, Tensor], rows: Mapping[str, Tensor], resample: bool = False) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        rows: Mapping[str, Tensor],
+        *,
+        resample: bool = False,
+        skip: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__()
-        self.values, self.rows, self.resample = values, rows, resample
+        self.values, self.rows, self.resample, self.skip = values, rows, resample, skip
         self.terms: list[_Term] = []
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and _is_plate(msg):
+        if msg["value"] is None and is_plate(msg):
             if msg["name"] in self.rows:
                 msg["value"], msg["done"] = self.rows[msg["name"]], True
         elif not msg["is_observed"] and msg["name"] in self.values:
             msg["value"], msg["done"] = self.values[msg["name"]], True
-        elif self.resample and _is_observation(msg):
+        elif self.resample and is_observation(msg):
             msg["value"], msg["done"] = msg["fn"](), True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if _is_plate(msg):
+        if is_plate(msg) or msg["name"] in self.skip:
             return
         scale, plates = msg["scale"], {}
         unsubsampled = scale
         for frame in msg["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size > 0 and frame.full_size != frame.size:
-                plates[frame.name] = frame.dim
+            if is_subsampled(frame):
+                plates[frame.name] = frame
                 unsubsampled = unsubsampled * frame.size / frame.full_size
         log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
         self.terms.append(
             _Term(
                 msg["name"],
+                msg["fn"],
                 log_prob,
                 scale,
                 unsubsampled,
                 msg["mask"],
                 plates,
-                _is_observation(msg),
+                is_observation(msg),
                 msg["value"],
                 msg["cond_indep_stack"],
             )
         )
 
 
-class _PlateReader(Messenger):
-    """Notes the plates that draw their rows at random."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plates: dict[str, Plate] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not _is_plate(msg) or msg["value"] is not None:
-            return
-        name, size, batch_size = msg["name"], msg["fn"].size, msg["fn"].subsample_size
-        if batch_size is not None and batch_size > size:
-            raise ValueError(
-                f"plate {name!r} asks for a minibatch of {batch_size} rows but has only {size}: "
-                f"use subsample_size <= {size}, or leave it out to use all rows."
-            )
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"plate {name!r} has subsample_size={batch_size}: give at least 1.")
-        if batch_size is not None and batch_size < size:
-            self.plates[name] = Plate(name, size, batch_size)
+def is_subsampled(frame: Any) -> bool:
+    """Whether a plate's frame, as Pyro keeps it with a site, shows a part of its rows."""
+    return frame.full_size is not None and frame.full_size > 0 and frame.full_size != frame.size
 
 
 @contextlib.contextmanager
@@ -314,111 +270,3 @@ def quiet_handlers() -> Iterator[None]:
     """Run a model under Pyro's handlers without value checks and without touching an enclosing handler."""
     with pyro.validation_enabled(False), unvalidated_distributions():
         yield
-
-
-def describe_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Shapes of the model's arguments, for error messages."""
-
-    def one(value: Any) -> str:
-        return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-    return ", ".join([one(a) for a in args] + [f"{k}={one(v)}" for k, v in kwargs.items()]) or "no arguments"
-
-
-def _model_error(
-    error: Exception, plates: Mapping[str, Plate], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> str:
-    if "asks for a minibatch" in str(error) or "has subsample_size" in str(error):
-        return str(error)
-    given = describe_arguments(args, kwargs)
-    seen = ", ".join(f"{p.name!r} ({p.batch_size} of {p.size} rows)" for p in plates.values())
-    return (
-        f"the model does not run on the arguments it was given ({given}): {error}. "
-        + (f"Its subsampling plates are {seen}. " if seen else "")
-        + "Check that the first dimension of each data argument equals the plate's size, and that inside the plate "
-        "data are indexed by the plate's rows (with pyro.plate(...) as rows: x[rows])."
-    )
-
-
-def draw_or_feasible(site: Any) -> Tensor:
-    """A draw from the site's prior; for a flat prior (``ImproperUniform``), which has none, a point of its support."""
-    fn = site["fn"]
-    try:
-        value: Tensor = fn.sample().detach()
-    except NotImplementedError:
-        transform = biject_to(fn.support)
-        value = transform(torch.zeros(transform.inverse_shape(fn.batch_shape + fn.event_shape)))
-    return value
-
-
-def _is_plate(site: Any) -> bool:
-    return type(site["fn"]).__name__ == "_Subsample"
-
-
-def _is_observation(site: Any) -> bool:
-    return (
-        bool(site["is_observed"])
-        and not (site["infer"] or {}).get("_deterministic")
-        and type(_base(site["fn"])).__name__ != "Unit"
-    )
-
-
-def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
-        fn = fn.base_dist
-    return fn
-
-
-def _is_identity(transform: Any) -> bool:
-    if isinstance(transform, torch_transforms.IndependentTransform):
-        return _is_identity(transform.base_transform)
-    if isinstance(transform, torch_transforms.ComposeTransform):
-        return all(_is_identity(part) for part in transform.parts)
-    return transform is torch_transforms.identity_transform
-
-
-def _transform_of(fn: Any) -> torch_transforms.Transform | None:
-    transform = biject_to(fn.support)
-    return None if _is_identity(transform) else transform
-
-
-def _check_latent(name: str, site: Any, other: Any, plates: Mapping[str, Plate]) -> None:
-    fn = site["fn"]
-    if fn.support.is_discrete:
-        raise NotImplementedError(
-            f"site {name!r} is discrete ({type(_base(fn)).__name__}): these kernels move real-valued sites. Sum it out "
-            "in the model (for a mixture, dist.MixtureSameFamily), observe it, or hide it with pyro.poutine.block."
-        )
-    if other is None or other["value"].shape != site["value"].shape:
-        raise NotImplementedError(
-            f"site {name!r} does not appear with the same shape in every run of the model: "
-            "a model whose structure depends on its random choices cannot be sampled."
-        )
-    for frame in site["cond_indep_stack"]:
-        if frame.name in plates or (frame.full_size not in (None, -1) and frame.full_size != frame.size):
-            raise NotImplementedError(
-                f"site {name!r} is a latent inside the subsampled plate {frame.name!r}: its value for the "
-                f"{frame.full_size} rows would have to be kept although a minibatch shows {frame.size}. Move it into a "
-                f"full plate of its own and index it by the rows, or do not subsample {frame.name!r}."
-            )
-    first, second = biject_to(fn.support), biject_to(other["fn"].support)
-    unconstrained = first.inv(site["value"])
-    probe = torch.full_like(unconstrained, 0.3)
-    if first(probe).shape != second(probe).shape or not torch.allclose(first(probe), second(probe)):
-        raise NotImplementedError(
-            f"the support of site {name!r} depends on another latent site: write it as a fixed-support site "
-            "(for Uniform(0, a): a Uniform(0, 1) times a)."
-        )
-
-
-def _check_observations(trace: Any) -> None:
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or not _is_observation(site):
-            continue
-        value = site["value"]
-        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise ValueError(
-                f"observed site {name!r} holds {bad} values that are NaN or infinite: remove these rows, or exclude "
-                "them with pyro.poutine.mask after replacing them by finite numbers."
-            )

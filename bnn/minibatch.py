@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+# Minibatches that are cut at once.
+BLOCK = 32
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -49,29 +52,30 @@ class RowStream:
         self.size, self.batch_size, self.num_chains = size, batch_size, num_chains
         self.replacement, self.device = replacement, device
         self._order = torch.empty(num_chains, 0, dtype=torch.long, device=device)
-        self._place = 0
+        self._ready: list[Tensor] = []
 
     def next(self, steps: int = 1) -> Tensor:
         """The next ``steps`` minibatches: row numbers of shape ``(steps, chains, batch_size)``."""
-        count = steps * self.batch_size
-        if self.replacement:
-            shape = (steps, self.num_chains, self.batch_size)
-            return torch.randint(self.size, shape, device=self.device)
-        if self._place + count > self._order.shape[1]:
-            self._refill(count)
-        rows = self._order[:, self._place : self._place + count]
-        self._place += count
-        return rows.reshape(self.num_chains, steps, self.batch_size).transpose(0, 1).contiguous()
+        return torch.stack([self.next_batch() for _ in range(steps)])
 
-    def _refill(self, count: int) -> None:
-        rest = self._order[:, self._place :]
-        epochs = max(1, -(-(count - rest.shape[1]) // self.size))
-        fresh = [
-            torch.stack([torch.randperm(self.size, device=self.device) for _ in range(self.num_chains)])
-            for _ in range(epochs)
-        ]
-        self._order = torch.cat([rest, *fresh], 1)
-        self._place = 0
+    def next_batch(self) -> Tensor:
+        """The next minibatch: row numbers of shape ``(chains, batch_size)``."""
+        if not self._ready:
+            self._refill()
+        return self._ready.pop()
+
+    def _refill(self) -> None:
+        """Cut the next block of minibatches: many at once, since each small operation costs like a layer."""
+        count = BLOCK * self.batch_size
+        if self.replacement:
+            block = torch.randint(self.size, (BLOCK, self.num_chains, self.batch_size), device=self.device)
+        else:
+            while self._order.shape[1] < count:
+                orders = [torch.randperm(self.size, device=self.device) for _ in range(self.num_chains)]
+                self._order = torch.cat([self._order, torch.stack(orders)], 1)
+            block, self._order = self._order[:, :count], self._order[:, count:]
+            block = block.reshape(self.num_chains, BLOCK, self.batch_size).transpose(0, 1).contiguous()
+        self._ready = list(block.unbind(0))[::-1]
 
 
 class ArgumentStream:
@@ -140,4 +144,41 @@ class TensorLeaves:
             next(rest) if is_tensor else other for is_tensor, other in zip(self.is_tensor, self.others, strict=True)
         ]
         result: Arguments = pytree.tree_unflatten(leaves, self.spec)
+        return result
+
+
+class Stream:
+    """Minibatches for several chains: what the recorded programs of a potential take as inputs.
+
+    :param plates: ``(size, batch_size)`` of each plate whose rows are drawn.
+    :param batches: an iterable of model arguments, or None.
+    :param num_chains: number of chains; each has its own order.
+    :param replacement: draw rows independently instead of by shuffled epochs.
+    :param device: where the row numbers are used.
+    """
+
+    def __init__(
+        self,
+        plates: Iterable[tuple[int, int]],
+        batches: Iterable[Any] | None,
+        num_chains: int,
+        *,
+        replacement: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._rows = [RowStream(n, b, num_chains, replacement=replacement, device=device) for n, b in plates]
+        self._arguments = None if batches is None else ArgumentStream(batches, num_chains)
+
+    def next(self, steps: int = 1) -> list[list[Tensor]]:
+        """For each of ``steps`` steps the program's minibatch inputs, each leading with the chain dimension."""
+        result = [[stream.next_batch() for stream in self._rows] for _ in range(steps)]
+        if self._arguments is not None:
+            for inputs in result:
+                chains = [TensorLeaves.tensors(arguments) for arguments in self._arguments.next()]
+                if len({tuple(leaf.shape for leaf in leaves) for leaves in chains}) > 1:
+                    raise ValueError(
+                        "batches= gives batches of different shapes to different chains at one step: use batches of "
+                        "one size (drop_last=True), or run one chain at a time."
+                    )
+                inputs.extend(torch.stack(leaf) for leaf in zip(*chains, strict=True))
         return result

@@ -7,6 +7,7 @@ than the arithmetic of a small net. Every rewrite keeps the value up to rounding
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,6 +40,37 @@ def peephole(graph_module: GraphModule) -> None:
     _fuse_multiply_add(graph_module)
     _gather_rows(graph_module)
     graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def expand_small_products(graph_module: GraphModule, largest: int = 20_000) -> None:
+    """Write small matrix products as sums of products, which a compiler fuses with their neighbours.
+
+    A call of the processor's matrix library costs a few microseconds; below ``largest`` multiplications the compiled loop is faster. For the compiled tier on a CPU only.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target in (aten.addmm.default, aten.baddbmm.default) and node.kwargs:
+            continue
+        if node.target in (aten.mm.default, aten.bmm.default):
+            bias, (left, right) = None, node.args
+        elif node.target in (aten.addmm.default, aten.baddbmm.default):
+            bias, left, right = node.args
+        else:
+            continue
+        multiplications = math.prod(shape_of(left) or (0,)) * (shape_of(right) or (0,))[-1]
+        if not 0 < multiplications <= largest or not node.meta["val"].is_floating_point():
+            continue
+        with graph.inserting_before(node):
+            wide = graph.call_function(aten.unsqueeze.default, (left, -1))
+            tall = graph.call_function(aten.unsqueeze.default, (right, -3))
+            product = graph.call_function(aten.mul.Tensor, (wide, tall))
+            result = graph.call_function(aten.sum.dim_IntList, (product, [-2]))
+            if bias is not None:
+                result = graph.call_function(aten.add.Tensor, (result, bias))
+        result.meta = dict(node.meta)
+        _replace(graph_module, node, result)
+    graph.eliminate_dead_code()
     graph_module.recompile()
 
 
@@ -75,7 +107,7 @@ def _replace(graph_module: GraphModule, node: Node, replacement: Node) -> None:
 def _constant(graph_module: GraphModule, node: Any) -> torch.Tensor | None:
     if isinstance(node, Node) and node.op == "get_attr":
         value = getattr(graph_module, str(node.target))
-        return value if isinstance(value, torch.Tensor) else None
+        return value.detach() if isinstance(value, torch.Tensor) else None
     return None
 
 
@@ -243,9 +275,7 @@ def _fuse_multiply_add(graph_module: GraphModule) -> None:
             operands = (total, factors[0], constant_node(graph_module, node, -constant))
             sign = 1
         with graph_module.graph.inserting_before(node):
-            fused = graph_module.graph.call_function(
-                aten.addcmul.default, operands, {} if sign == 1 else {"value": -1}
-            )
+            fused = graph_module.graph.call_function(aten.addcmul.default, operands, {} if sign == 1 else {"value": -1})
         fused.meta = dict(node.meta)
         _replace(graph_module, node, fused)
         graph_module.graph.erase_node(product)  # type: ignore[arg-type]

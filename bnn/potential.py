@@ -7,23 +7,24 @@ on the sum scale, over the flat vector z of all unconstrained latent sites.
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnn import checks
-from bnn.initialization import Strategy, strategy_of
-from bnn.log_joint import LogJoint, Plate, Site, quiet_handlers, structure_of
-from bnn.minibatch import ArgumentStream, RowStream, TensorLeaves, arguments_of
+from bnn.agreement import cause_of, disagreement, handlers_energy_and_grad
+from bnn.full_data import chunks, mean_rows, traced_chunk
+from bnn.initialization import Strategy, find_starts, strategy_of
+from bnn.log_joint import LogJoint, quiet_handlers
+from bnn.minibatch import Stream, TensorLeaves
 from bnn.recording import RecordingError, draws_random_numbers, has_convolution, record, used_inputs
-from bnn.tiers import Program, check_tier, choose
+from bnn.structure import Plate, Site, structure_of
+from bnn.tiers import Program, check_tier, choose, one_chain, over_chains
 
 # Above this size a chain's matrix products fill the processor by themselves: chains run one after another on a CPU.
 LARGEST_VECTORIZED_DIM = 50_000
@@ -69,6 +70,7 @@ class Potential:
         **kwargs: Any,
     ) -> None:
         check_tier(compile)
+        checks.is_model(model)
         self.model, self.batches, self.compile, self.replacement = model, batches, compile, replacement
         if batches is not None:
             args, kwargs = checks.first_of(batches, args, kwargs)
@@ -82,13 +84,14 @@ class Potential:
             checks.plates_match_batches(self.plates, batches, model, self.args, self.kwargs)
         self._fixed_rows = {p.name: torch.arange(p.batch_size, device=self.device) for p in self.plates.values()}
         self._batch_rows = checks.leading_size(self.args, self.kwargs) if batches is not None else 0
+        self._mean_rows = None if batches is None or len(self.plates) != 1 else mean_rows(batches)
         self._programs: dict[Any, Program] = {}
         self._streams: dict[int, Stream] = {}
         self._vectorizes: bool | None = None
         self.is_random = False
         self._has_convolution = False
-        self.is_recorded = False
-        if compile != "handlers":
+        self.is_recorded = compile != "handlers"
+        if self.is_recorded:
             self._record_one_chain()
 
     # ---- what the model consists of
@@ -127,43 +130,51 @@ class Potential:
         if chains not in self._streams:
             self._streams[chains] = self.stream(chains)
         (inputs,) = self._streams[chains].next(1)
-        tensors = [position.detach().to(self.dtype).contiguous(), *inputs]
-        key = ("gradient", *(tuple(t.shape) for t in tensors))
+        return self._gradient([position.detach().to(self.dtype).contiguous(), *inputs], self.compile)
+
+    def _gradient(self, tensors: list[Tensor], compile: str) -> tuple[Tensor, Tensor]:
+        key = ("gradient", compile == "inductor", *(tuple(t.shape) for t in tensors))
         if key not in self._programs:
 
             def function(position: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
                 return self.traced_energy_and_grad(position, inputs)
 
-            self._programs[key] = self.program(function, tensors, [True] * len(tensors))
+            self._programs[key] = self.program(function, tensors, [True] * len(tensors), compile=compile)
         energy, grad = self._programs[key](*tensors)
         return energy, grad
+
+    def gradient_by_chain(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Energy and gradient of one chain after another, for starts: too few calls to compile or vectorize for."""
+        position = position.detach().to(self.dtype).contiguous()
+        if 1 not in self._streams:
+            self._streams[1] = self.stream(1)
+        results = [self._gradient([z.unsqueeze(0), *self._streams[1].next(1)[0]], "fx") for z in position]
+        energies, grads = zip(*results, strict=True)
+        return torch.cat(energies), torch.cat(grads)
 
     def full_energy(self, position: Tensor) -> Tensor:
         """Energy over all data, ``(chains,)``, minibatch by minibatch so that memory stays bounded.
 
-        :raises NotImplementedError: with ``batches=`` if the model has no subsampled plate, so that one batch's
+        :raises NotImplementedError: with ``batches=`` if the model has not one subsampled plate, so that one batch's
             share of the data is not known.
         """
         checks.position(position, self.dim)
-        if self.batches is not None and not self.plates and not self._is_single_batch():
-            raise NotImplementedError(
-                "full_energy needs pyro.plate('data', N, subsample_size=len(x)) around the observed sites to know what "
-                "share of the data a batch holds; poutine.scale alone does not say it."
-            )
+        checks.batches_have_one_plate(self.plates, self.batches)
         position = position.detach().to(self.dtype).contiguous()
         total = torch.zeros(len(position), dtype=self.dtype, device=self.device)
-        for inputs in self._chunks():
+        for inputs in chunks(self.plates.values(), self.batches, self.dtype, self.device):
             tensors = [position, *inputs]
             key = ("full", *(tuple(t.shape) for t in tensors))
             if key not in self._programs:
                 shared = [False] * len(inputs)
-                self._programs[key] = self.program(self._traced_chunk, tensors, [True, *shared])
+                self._programs[key] = self.program(partial(traced_chunk, self), tensors, [True, *shared])
             total = total + self._programs[key](*tensors)[0]
         return total
 
     def stream(self, num_chains: int) -> Stream:
         """A fresh source of minibatches for ``num_chains`` chains."""
-        return Stream(self, num_chains)
+        plates = [(self.plates[name].size, self.plates[name].batch_size) for name in self._row_names]
+        return Stream(plates, self.batches, num_chains, replacement=self.replacement, device=self.device)
 
     def traced_energy_and_grad(self, position: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Energy and gradient on given minibatches, written for recording; kernels call it inside their own step."""
@@ -202,11 +213,18 @@ class Potential:
 
         :raises ValueError: if a site is missing, has another shape, or lies outside its support.
         """
+        values = {name: torch.as_tensor(value) for name, value in values.items()}
         checks.site_values(values, {name: site.value_shape for name, site in self.sites.items()})
-        params = {}
         for name, site in self.sites.items():
             checks.inside_support(name, values[name], site.support)
-            params[name] = values[name] if site.transform is None else site.transform.inv(values[name])
+        return self.from_values(values)
+
+    def from_values(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The same without checks."""
+        params = {}
+        for name, site in self.sites.items():
+            value = values[name].to(site.dtype)
+            params[name] = value if site.transform is None else site.transform.inv(value)
         return self.flatten(params)
 
     def initial(self, num_chains: int, strategy: str | Strategy | Mapping[str, Tensor] = "auto") -> Tensor:
@@ -216,44 +234,30 @@ class Potential:
             ``"prior"``, one of Pyro's ``init_to_*`` functions, or values per chain in the model's own space.
         :raises ValueError: if no start with finite energy and gradient is found in 100 tries.
         """
+        if num_chains < 1:
+            raise ValueError(f"num_chains is {num_chains}; give at least 1.")
         if isinstance(strategy, Mapping):
             position = self.unconstrain(strategy)
             if len(position) != num_chains:
-                raise ValueError(f"initial values are for {len(position)} chains, but there are {num_chains}.")
+                raise ValueError(
+                    f"initial values are for {len(position)} chains, but there are {num_chains}: give each site a "
+                    f"tensor whose first dimension is {num_chains}."
+                )
             return self.check_start(position)
-        init = strategy_of(strategy)
-        starts: list[Tensor] = []
-        for _ in range(100 * num_chains):
-            with torch.no_grad(), quiet_handlers(), poutine.block():
-                trace = poutine.trace(InitMessenger(init)(self.model)).get_trace(*self.args, **self.kwargs)
-            values = {name: trace.nodes[name]["value"].detach().unsqueeze(0) for name in self.sites}
-            params = {n: v if self.sites[n].transform is None else self.sites[n].transform.inv(v) for n, v in values.items()}  # fmt: skip
-            position = self.flatten(params)
-            energy, grad = self.energy_and_grad(position)
-            if torch.isfinite(energy).all() and torch.isfinite(grad).all():
-                starts.append(position)
-            if len(starts) == num_chains:
-                return torch.cat(starts)
-        raise ValueError(
-            f"found {len(starts)} of {num_chains} starts with finite energy and gradient in {100 * num_chains} tries: "
-            "check the data's scale and the likelihood, or give starting values (initial_params=, or "
-            "init_strategy=init_to_value(...))."
-        )
+        return find_starts(self, num_chains, strategy_of(strategy))
 
     def check_start(self, position: Tensor) -> Tensor:
         """``position`` if every chain's energy and gradient are finite there.
 
         :raises ValueError: naming the chains and sites that are not.
         """
+        checks.position(position, self.dim)
         if not torch.isfinite(position).all():
-            raise ValueError(f"initial values are NaN or infinite at site {self.site_at(position)!r}.")
-        energy, grad = self.energy_and_grad(position)
-        bad = ~(torch.isfinite(energy) & torch.isfinite(grad).all(-1))
-        if bad.any():
             raise ValueError(
-                f"the energy or its gradient is not finite at the initial values of chains {bad.nonzero().flatten().tolist()}"
-                f" (energy {energy[bad].tolist()}): start inside the support, at a point where the data are possible."
+                f"initial values are NaN or infinite at site {self.site_at(position)!r}, or lie on the edge of its "
+                "support: give finite values inside it."
             )
+        checks.finite_start(*self.gradient_by_chain(position))
         return position
 
     def site_at(self, values: Tensor) -> str | None:
@@ -271,6 +275,8 @@ class Potential:
         inputs: Sequence[Tensor],
         per_chain: Sequence[bool],
         calls: int = 0,
+        *,
+        compile: str | None = None,
     ) -> Program:
         """``function`` recorded for chains at once where that pays, else for one chain and looped over them.
 
@@ -278,29 +284,22 @@ class Potential:
         :param inputs: example inputs.
         :param per_chain: which inputs lead with the chain dimension.
         :param calls: how often it will run, as far as is known: decides whether compiling pays.
+        :param compile: the tier, if not the potential's own.
         """
         if not self.is_recorded:
-            return function
+            return Program(function, "handlers")
+        compile = compile or self.compile
         chains = next(len(t) for t, flag in zip(inputs, per_chain, strict=True) if flag)
         if chains == 1 or self.vectorizes():
             try:
-                return choose(record(function, inputs), inputs, self.compile, calls)[0]
+                return choose(record(function, inputs), inputs, compile, calls)
             except RecordingError:
                 if chains == 1:
                     raise
                 self._vectorizes = False
 
-        def chain_of(tensors: Sequence[Tensor], chain: int) -> list[Tensor]:
-            return [t[chain : chain + 1] if f else t for t, f in zip(tensors, per_chain, strict=True)]
-
-        one = chain_of(inputs, 0)
-        single = choose(record(function, one), one, self.compile, calls * chains)[0]
-
-        def loop(*tensors: Tensor) -> tuple[Tensor, ...]:
-            outputs = [single(*chain_of(tensors, chain)) for chain in range(chains)]
-            return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
-
-        return loop
+        one = one_chain(inputs, per_chain)
+        return over_chains(choose(record(function, one), one, compile, calls * chains), per_chain)
 
     def vectorizes(self) -> bool:
         """Whether chains run in one program, rather than one after another."""
@@ -311,66 +310,43 @@ class Potential:
 
     def _record_one_chain(self) -> None:
         """Record one chain, drop inputs that do not matter, and compare with Pyro's handlers."""
-        self.is_recorded = True
         position = torch.zeros(1, self.dim, dtype=self.dtype, device=self.device)
-        (inputs,) = self.stream(1).next(1)
 
         def function(position: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             return self.traced_energy_and_grad(position, inputs)
 
         try:
+            (inputs,) = self.stream(1).next(1)
+            self.log_joint.merge_fixed_normals(position, lambda given: self.arguments([t[0] for t in given]), inputs)
             graph = record(function, [position, *inputs])
             checks.rows_index_whole_data(graph, self._row_names, self.plates)
             used = used_inputs(graph)[1:]
-            self._row_names = [name for name, u in zip(self._row_names, used, strict=False) if u]
+            names = [name for name, flag in zip(self._row_names, used, strict=False) if flag]
+            if names != self._row_names:
+                self._row_names = names
+                (inputs,) = self.stream(1).next(1)
+                graph = record(function, [position, *inputs])
             self.is_random = draws_random_numbers(graph)
             self._has_convolution = has_convolution(graph)
-            cause = self._disagreement()
+            program = choose(graph, [position, *inputs], "fx")
+            self._programs["gradient", False, *(tuple(t.shape) for t in (position, *inputs))] = program
+            cause = disagreement(self, program)
         except RecordingError as error:
-            cause = str(error)
-        self._programs.clear()
-        self._streams.clear()
+            cause = cause_of(error)
         if cause:
             self.is_recorded, self._row_names = False, list(self.plates)
+            self.log_joint.merged = frozenset()
+            self._programs.clear()
             warnings.warn(
-                f"the model cannot be recorded and runs with Pyro's handlers, several times slower: {cause}. "
-                "Write choices that depend on latent values with torch.where, and avoid .item() inside the model.",
+                f"the model cannot be recorded and runs with Pyro's handlers, several times slower: {cause}.",
                 RuntimeWarning,
                 stacklevel=3,
             )
 
-    def _disagreement(self) -> str | None:
-        """What differs between the recording and Pyro's handlers at two fresh points; None if nothing does."""
-        tolerance = 1e-8 if self.dtype == torch.float64 else 2e-3
-        position = self.initial(2, "prior") if not self.sites else self._probes()
-        for z in position:
-            (inputs,) = self.stream(1).next(1)
-            state = torch.get_rng_state()
-            energy, grad = self.program(
-                lambda position, *inputs: self.traced_energy_and_grad(position, inputs),
-                [z[None], *inputs],
-                [True] * (1 + len(inputs)),
-            )(z[None], *inputs)
-            torch.set_rng_state(state)
-            expected, expected_grad = self._handlers_energy_and_grad(z, [t[0] for t in inputs])
-            if not torch.isfinite(expected) or not torch.isfinite(expected_grad).all():
-                continue
-            scale = 1 + expected.abs()
-            grad_scale = 1 + expected_grad.abs().max()
-            if (energy[0] - expected).abs() > tolerance * scale:
-                return f"its recorded energy is {energy[0].item():.6g}, by the handlers {expected.item():.6g}"
-            if (grad[0] - expected_grad).abs().max() > tolerance * grad_scale:
-                return "its recorded gradient differs from the one by the handlers"
-        return None
-
-    def _probes(self) -> Tensor:
-        generator = torch.Generator().manual_seed(20)  # leaves the user's random numbers alone
-        noise = torch.randn(2, self.dim, generator=generator, dtype=torch.float64)
-        return (0.3 * noise).to(self.dtype).to(self.device)
-
     # ---- one chain
 
-    def _arguments(self, inputs: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Any, ...], Mapping[str, Any]]:
+    def arguments(self, inputs: Sequence[Tensor]) -> tuple[dict[str, Tensor], tuple[Any, ...], Mapping[str, Any]]:
+        """Rows by plate, positional and keyword arguments of the model out of one chain's minibatch inputs."""
         count = len(self._row_names)
         rows = {**self._fixed_rows, **dict(zip(self._row_names, inputs[:count], strict=True))}
         if self.batches is None:
@@ -378,18 +354,23 @@ class Potential:
         args, kwargs = self._leaves.arguments(inputs[count:])
         size = checks.leading_size(args, kwargs)
         if size != self._batch_rows:  # a last, smaller batch: its plate draws that many rows
-            rows = {n: torch.arange(size, device=self.device) if len(r) == self._batch_rows else r for n, r in rows.items()}  # fmt: skip
+            for name, index in rows.items():
+                if len(index) == self._batch_rows:
+                    rows[name] = torch.arange(size, device=self.device)
         return rows, args, kwargs
 
+    def arguments_of_chunk(self, inputs: Sequence[Tensor]) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
+        """The same out of a chunk's inputs, which hold the rows of all plates or the tensors of a batch."""
+        if self.batches is None:
+            return dict(zip(self.plates, inputs, strict=True)), self.args, self.kwargs
+        return self.arguments([*(self._fixed_rows[name] for name in self._row_names), *inputs])
+
     def _batch_weight(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-        """len(batches)·b/N: one for even batches, and over a pass through uneven ones the sum is the full gradient."""
-        if self.batches is None or len(self.plates) != 1 or not hasattr(self.batches, "__len__"):
-            return 1.0
-        (plate,) = self.plates.values()
-        return len(self.batches) * checks.leading_size(args, kwargs) / plate.size
+        """Rows over mean rows: one for even batches; over a pass through uneven ones the mean is the full gradient."""
+        return 1.0 if self._mean_rows is None else checks.leading_size(args, kwargs) / self._mean_rows
 
     def _energy(self, position: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        rows, args, kwargs = self._arguments(inputs)
+        rows, args, kwargs = self.arguments(inputs)
         weight = self._batch_weight(args, kwargs)
         return -self.log_joint(position, rows, args, kwargs, batch_weight=weight)
 
@@ -404,85 +385,8 @@ class Potential:
             grads.append(grad)
         return torch.stack(energies), torch.stack(grads)
 
-    def _handlers_energy_and_grad(self, position: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The same by Pyro's own ``condition`` and ``trace``: what every recording is checked against."""
-        rows, args, kwargs = self._arguments(inputs)
-        with torch.enable_grad(), quiet_handlers(), poutine.block():
-            z = position.detach().requires_grad_()
-            values, log_det = self.log_joint.values(z)
-            model = poutine.condition(self.model, {**values, **{n: rows[n] for n in self.plates}})
-            energy = -(poutine.trace(model).get_trace(*args, **kwargs).log_prob_sum() + log_det)
-            if self._batch_weight(args, kwargs) != 1.0:
-                energy = self._energy(z, inputs)
-            (grad,) = torch.autograd.grad(energy, z)
-        return energy.detach(), grad
-
-    # ---- all data, in chunks
-
-    def _is_single_batch(self) -> bool:
-        return hasattr(self.batches, "__len__") and len(self.batches) == 1  # type: ignore[arg-type]
-
-    def _chunks(self) -> Iterator[list[Tensor]]:
-        """Inputs of :meth:`_traced_chunk` that together cover all data once."""
-        ones = {p.name: torch.ones((), dtype=self.dtype, device=self.device) for p in self.plates.values()}
-        if self.batches is not None:
-            for number, item in enumerate(self.batches):
-                args, kwargs = arguments_of(item)
-                size = checks.leading_size(args, kwargs)
-                first = [ones[n] * (number == 0) for n in self.plates]
-                weights = [torch.ones(size, dtype=self.dtype, device=self.device) for _ in self.plates]
-                yield [*first, *weights, *TensorLeaves.tensors((args, kwargs))]
-            return
-        for corner in itertools.product(*(range(0, p.size, p.batch_size) for p in self.plates.values())):
-            first, weights, rows = [], [], []
-            for start, plate in zip(corner, self.plates.values(), strict=True):
-                index = torch.arange(start, start + plate.batch_size, device=self.device)
-                first.append(ones[plate.name] * (start == 0))
-                weights.append((index < plate.size).to(self.dtype))
-                rows.append(index.clamp(max=plate.size - 1))
-            yield [*first, *weights, *rows]
-
-    def _traced_chunk(self, position: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        names = list(self.plates)
-        first = dict(zip(names, inputs, strict=False))
-        weights = dict(zip(names, inputs[len(names) :], strict=False))
-        rest = inputs[2 * len(names) :]
-        if self.batches is None:
-            rows, args, kwargs = dict(zip(names, rest, strict=True)), self.args, self.kwargs
-        else:
-            rows, args, kwargs = self._arguments([*(self._fixed_rows[n] for n in self._row_names), *rest])
-
-        def one(z: Tensor) -> Tensor:
-            return -self.log_joint.weighted(z, rows, weights, first, args, kwargs)
-
-        if not self.is_recorded or len(position) == 1:
-            with quiet_handlers():
-                return (torch.stack([one(z).detach() for z in position]),)
-        return (torch.func.vmap(one, randomness="different")(position),)
-
-
-class Stream:
-    """Minibatches for ``num_chains`` chains: what the potential's recorded programs take as inputs.
-
-    :param potential: whose minibatches.
-    :param num_chains: number of chains; each has its own order.
-    """
-
-    def __init__(self, potential: Potential, num_chains: int) -> None:
-        self.potential = potential
-        plates = [potential.plates[name] for name in potential._row_names]
-        self._rows = [
-            RowStream(p.size, p.batch_size, num_chains, replacement=potential.replacement, device=potential.device)
-            for p in plates
-        ]
-        self._arguments = None if potential.batches is None else ArgumentStream(potential.batches, num_chains)
-
-    def next(self, steps: int = 1) -> list[list[Tensor]]:
-        """For each of ``steps`` steps the program's minibatch inputs, each leading with the chain dimension."""
-        rows = [stream.next(steps).unbind(0) for stream in self._rows]
-        result = [list(step) for step in zip(*rows, strict=True)] if rows else [[] for _ in range(steps)]
-        if self._arguments is not None:
-            for inputs in result:
-                chains = [TensorLeaves.tensors(arguments) for arguments in self._arguments.next()]
-                inputs.extend(torch.stack(leaf) for leaf in zip(*chains, strict=True))
-        return result
+    def handlers_energy_and_grad(self, position: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """One chain's energy and gradient by Pyro's own handlers, and the sum of the sizes of the energy's terms."""
+        rows, args, kwargs = self.arguments(inputs)
+        weight = self._batch_weight(args, kwargs)
+        return handlers_energy_and_grad(self.log_joint, position, rows, args, kwargs, batch_weight=weight)

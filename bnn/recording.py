@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bnn.peephole import constant_node, is_random, peephole, shape_of
+from bnn.peephole import constant_node, expand_small_products, is_random, peephole, shape_of
 
 aten = torch.ops.aten
 
@@ -106,13 +107,15 @@ def record(function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[t
         with unvalidated_distributions(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph_module = make_fx(function)(*inputs)
+            _drop_aliases(graph_module)
+            _out_of_place(graph_module)
             if _mutates(graph_module):
                 graph_module = make_fx(torch.func.functionalize(function))(*inputs)
     except Exception as error:
         message = str(error).strip().splitlines()
         raise RecordingError(f"{type(error).__name__}: {message[0] if message else 'no message'}") from error
     if _mutates(graph_module):
-        raise RecordingError("the model writes to a tensor that outlives the call, such as batch norm's running mean")
+        raise RecordingError("the model would mutate a captured tensor, such as batch norm's running mean")
     _drop_aliases(graph_module)
     _fold_constants(graph_module)
     graph_module.graph.eliminate_dead_code()
@@ -123,6 +126,17 @@ def record(function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[t
 def used_inputs(graph_module: GraphModule) -> list[bool]:
     """Whether each input of the graph influences its outputs."""
     return [bool(node.users) for node in graph_module.graph.nodes if node.op == "placeholder"]
+
+
+def outputs_depend_on_inputs(graph_module: GraphModule) -> list[bool]:
+    """Whether each output of the graph depends on any input, or on random numbers drawn in the graph."""
+    dependent: set[Node] = set()
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" or is_random(node) or any(i in dependent for i in node.all_input_nodes):
+            dependent.add(node)
+        if node.op == "output":
+            return [output in dependent for output in node.args[0]]
+    return []
 
 
 def draws_random_numbers(graph_module: GraphModule) -> bool:
@@ -143,9 +157,7 @@ def run_fx(graph_module: GraphModule) -> Callable[..., tuple[torch.Tensor, ...]]
     return _without_grad(_lift_constants(graph_module))
 
 
-def run_inductor(
-    graph_module: GraphModule, inputs: Sequence[torch.Tensor]
-) -> Callable[..., tuple[torch.Tensor, ...]]:
+def run_inductor(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
     """The program compiled by TorchInductor.
 
     :raises RuntimeError: if inductor cannot compile it, for instance without a C++ compiler.
@@ -153,13 +165,16 @@ def run_inductor(
     from torch._inductor import compile as compile_graph
 
     graph_module = copy.deepcopy(graph_module)
+    if inputs[0].device.type == "cpu":
+        expand_small_products(graph_module)
     lifted = _lift_constants(graph_module)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compiled = compile_graph(lifted.graph_module, [*inputs, *lifted.constants])
+            compiled = compile_graph(lifted.graph_module, [*inputs, *lifted.constants], {"size_asserts": False})
             program = _without_grad(_Lifted(compiled, lifted.constants, lifted.graph_module))
-            program(*inputs)
+            with torch.random.fork_rng(devices=[]):
+                program(*inputs)
     except Exception as error:
         raise RuntimeError(f"inductor could not compile the recorded program: {error}") from error
     return program
@@ -176,9 +191,11 @@ class _Lifted:
 
 
 def _without_grad(program: Callable[..., Any]) -> Callable[..., Any]:
-    no_grad = torch.no_grad
+    no_grad, is_grad_enabled = torch.no_grad, torch.is_grad_enabled
 
     def call(*inputs: torch.Tensor) -> Any:
+        if not is_grad_enabled():  # a runner's loop switches it off once: the context costs as much as an operation
+            return program(*inputs)
         with no_grad():
             return program(*inputs)
 
@@ -193,6 +210,54 @@ def _mutates(graph_module: GraphModule) -> bool:
         and not is_random(node)
         for node in graph_module.graph.nodes
     )
+
+
+def _out_of_place(graph_module: GraphModule) -> None:
+    """Turn ``x.op_(y)`` on a tensor that the graph itself made, as recurrent layers write, into ``x.op(y)``."""
+    order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if not node.target._schema.is_mutable or is_random(node):
+            continue
+        name = node.target._schema.name.removeprefix("aten::")
+        target = _functional(node.target._schema, getattr(aten, name.removesuffix("_"), None))
+        names = _names_of_memory(node.args[0])
+        if not name.endswith("_") or target is None or not names:
+            continue
+        with graph_module.graph.inserting_before(node):
+            result = graph_module.graph.call_function(target, node.args, node.kwargs)
+        result.meta = dict(node.meta)
+        for other in names:
+            other.replace_all_uses_with(result, lambda user, node=node: order.get(user, -1) > order[node])
+        _replace(graph_module, node, result)
+
+
+def _functional(schema: Any, packet: Any) -> Any:
+    """The overload of ``packet`` with the arguments of an in-place operation; None if there is none."""
+    types = [str(argument.type) for argument in schema.arguments]
+    for overload in packet.overloads() if packet is not None else ():
+        found = getattr(packet, overload)
+        if not found._schema.is_mutable and [str(argument.type) for argument in found._schema.arguments] == types:
+            return found
+    return None
+
+
+def _names_of_memory(node: Any) -> list[Node]:
+    """The nodes that stand for a tensor made in the graph; none if it came from outside or has views."""
+    names = [node]
+    while is_random(names[-1]) and names[-1].target._schema.is_mutable:
+        names.append(names[-1].args[0])
+    root = names[-1].args[0] if names[-1].target is operator.getitem else names[-1]
+    made_here = root.op == "call_function" and not _is_view(root) and not root.target._schema.is_mutable
+    return names if made_here and not any(_is_view(user) for name in names for user in name.users) else []
+
+
+def _is_view(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is not operator.getitem
+    schema = node.target._schema
+    return not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
 
 
 def _replace(graph_module: GraphModule, node: Node, replacement: Node) -> None:

@@ -27,7 +27,37 @@ TIERS = ("auto", "inductor", "fx", "handlers")
 # Seconds that a run must last in the fx tier before a compilation, about ten seconds when cold, can repay itself.
 SECONDS_TO_REPAY = 25.0
 
-Program = Callable[..., tuple[torch.Tensor, ...]]
+
+class Program:
+    """A callable program and the name of the tier that runs it."""
+
+    __slots__ = ("call", "tier")
+
+    def __init__(self, call: Callable[..., tuple[torch.Tensor, ...]], tier: str) -> None:
+        self.call, self.tier = call, tier
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the program."""
+        return self.call(*inputs)
+
+
+def over_chains(program: Program, per_chain: Sequence[bool]) -> Program:
+    """``program``, written for one chain, run for one chain after another.
+
+    :param per_chain: which inputs lead with the chain dimension; its results all do.
+    """
+
+    def loop(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        chains = next(len(t) for t, flag in zip(tensors, per_chain, strict=True) if flag)
+        outputs = [program(*one_chain(tensors, per_chain, chain)) for chain in range(chains)]
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+    return Program(loop, program.tier)
+
+
+def one_chain(tensors: Sequence[torch.Tensor], per_chain: Sequence[bool], chain: int = 0) -> list[torch.Tensor]:
+    """The inputs of one chain, which keep a chain dimension of one."""
+    return [t[chain : chain + 1] if flag else t for t, flag in zip(tensors, per_chain, strict=True)]
 
 
 def check_tier(compile: str) -> None:
@@ -36,10 +66,8 @@ def check_tier(compile: str) -> None:
         raise ValueError(f"compile={compile!r} is not a tier: choose one of {', '.join(map(repr, TIERS))}.")
 
 
-def choose(
-    graph_module: GraphModule, inputs: Sequence[torch.Tensor], compile: str = "auto", calls: int = 0
-) -> tuple[Program, str]:
-    """A callable for the recorded program, and the name of its tier.
+def choose(graph_module: GraphModule, inputs: Sequence[torch.Tensor], compile: str = "auto", calls: int = 0) -> Program:
+    """The recorded program in the tier that is asked for, or the faster one.
 
     :param graph_module: the recording.
     :param inputs: example inputs; must be left unchanged by the program.
@@ -48,26 +76,26 @@ def choose(
     :raises RuntimeError: if ``compile="inductor"`` and inductor cannot compile.
     """
     if compile == "inductor":
-        return run_inductor(graph_module, inputs), "inductor"
-    program = run_fx(graph_module)
+        return Program(run_inductor(graph_module, inputs), "inductor")
+    program = Program(run_fx(graph_module), "fx")
     if compile == "fx" or calls <= 0:
-        return program, "fx"
+        return program
     memory = _Memory(graph_module, inputs)
     if "fx" not in memory.seconds:
         memory.store("fx", _seconds(program, inputs))
     if calls * memory.seconds["fx"] < SECONDS_TO_REPAY:
-        return program, "fx"
+        return program
     if memory.seconds.get("inductor", 0.0) > memory.seconds["fx"]:
-        return program, "fx"
+        return program
     try:
-        compiled = run_inductor(graph_module, inputs)
+        compiled = Program(run_inductor(graph_module, inputs), "inductor")
     except RuntimeError:
         memory.store("inductor", float("inf"))
-        return program, "fx"
+        return program
     if "inductor" not in memory.seconds:
         memory.store("inductor", _seconds(compiled, inputs))
     faster = memory.seconds["inductor"] <= memory.seconds["fx"]
-    return (compiled, "inductor") if faster else (program, "fx")
+    return compiled if faster else program
 
 
 def _seconds(program: Program, inputs: Sequence[torch.Tensor], budget: float = 0.2) -> float:

@@ -6,33 +6,19 @@ An algorithm adds its state, ``init``, ``update`` and the coefficients of its up
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from bnn.initialization import Strategy, strategy_of
+from bnn.kernels._run import EnergyAndGrad, Evaluation, Run
+from bnn.kernels.schedules import Schedule, check_setting, value_at
 from bnn.potential import Potential
-from bnn.tiers import Program, check_tier
-from bnn.kernels.schedules import Schedule, check_setting, cycle_position, value_at
-
-EnergyAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-# Steps recorded in one program, and the largest state (chains times dim) for which that is worth its compilation.
-UNROLLED_STEPS = 10
-LARGEST_UNROLLED = 20_000
-
-
-class Evaluation(NamedTuple):
-    """Where an update evaluated the gradient last: position ``(chains, dim)``, energy ``(chains,)``, gradient."""
-
-    position: Tensor
-    energy: Tensor
-    grad: Tensor
+from bnn.tiers import check_tier
 
 
 class StochasticGradientKernel(MCMCKernel):
@@ -81,7 +67,7 @@ class StochasticGradientKernel(MCMCKernel):
         self.num_chains: int | None = None  # set by a runner that moves several chains at once
         self.num_samples: int | None = None  # set by a runner that knows it: decides whether compiling pays
         self._initial_params: Mapping[str, Tensor] | None = None
-        self._run: _Run | None = None
+        self._run: Run | None = None
 
     # ---- what an algorithm supplies
 
@@ -107,9 +93,13 @@ class StochasticGradientKernel(MCMCKernel):
         """The settings that may follow a schedule."""
         return {"step_size": self.step_size, "temperature": self.temperature}
 
-    def momentum_of(self, state: Any) -> tuple[Tensor, Tensor] | None:
+    def is_constant(self) -> bool:
+        """Whether :meth:`coefficients` are the same at every step."""
+        return not any(isinstance(value, Schedule) for value in self.settings().values())
+
+    def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         """Momentum and inverse mass, None for an algorithm without."""
-        del state
+        del state, coefficients
         return None
 
     @property
@@ -121,7 +111,7 @@ class StochasticGradientKernel(MCMCKernel):
         return self._running.potential
 
     @property
-    def _running(self) -> _Run:
+    def _running(self) -> Run:
         if self._run is None:
             raise RuntimeError("the kernel is not set up: run it through MCMC(kernel, ...).run(...), or call setup().")
         return self._run
@@ -134,7 +124,7 @@ class StochasticGradientKernel(MCMCKernel):
         potential = Potential(
             self.model, *args, batches=self.batches, compile=self.compile, replacement=self.replacement, **kwargs
         )
-        self._run = run = _Run(potential, chains, warmup_steps)
+        self._run = run = Run(self, potential, chains, warmup_steps)
         if self._initial_params is None:
             position = potential.initial(chains, self.init_strategy)
         else:
@@ -147,12 +137,12 @@ class StochasticGradientKernel(MCMCKernel):
         self._initial_params = None
         self.transforms = {n: s.transform.inv for n, s in potential.sites.items() if s.transform is not None}
         (inputs,) = run.stream.next(1)
-        run.constant = not any(isinstance(value, Schedule) for value in self.settings().values())
-        self._cast_coefficients(0)
+        run.constant = self.is_constant()
+        run.numbers_at(0)
         run.state = self.init(position, lambda z: potential.traced_energy_and_grad(z, inputs))
         draws = self.num_samples if self.num_samples is not None else warmup_steps
         run.planned_steps = (warmup_steps + draws) * self.steps_per_sample
-        self._prepare(inputs)
+        run.prepare(inputs)
 
     def sample(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``steps_per_sample`` steps from ``params``, unconstrained values per site."""
@@ -184,7 +174,7 @@ class StochasticGradientKernel(MCMCKernel):
         step = max(run.step - 1, 0)
         shown = {"step size": f"{value_at(self.step_size, step):.2e}"}
         if run.last_stats is not None:
-            stats = dict(zip(self.stat_names, run.last_stats.mean(-1).tolist(), strict=True))
+            stats = dict(zip(run.stat_names, run.last_stats.mean(0).tolist(), strict=True))
             shown["energy"] = f"{stats['energy']:.3e}"
             name = "kinetic_temperature" if "kinetic_temperature" in stats else "configurational_temperature"
             shown["temperature"] = f"{stats[name]:.2f}"
@@ -210,14 +200,6 @@ class StochasticGradientKernel(MCMCKernel):
         return self._running.state[0]
 
     @property
-    def stat_names(self) -> list[str]:
-        """Names of the rows of :meth:`advance`'s statistics."""
-        names = ["energy", "configurational_temperature", "gradient_norm", "squared_norm"]
-        if self.momentum_of(self._running.state) is not None:
-            names += ["kinetic_temperature", "momentum_squared_norm", "position_momentum"]
-        return names
-
-    @property
     def any_stopped(self) -> bool:
         """Whether a chain has left the finite numbers."""
         return self._running.any_stopped
@@ -232,21 +214,15 @@ class StochasticGradientKernel(MCMCKernel):
         """Whether no chain is left that can move."""
         return bool(self._running.stopped.all())
 
+    @torch.no_grad()
     def advance(self) -> Tensor:
-        """``steps_per_sample`` steps of all chains; statistics ``(len(stat_names), chains)`` of the last."""
+        """``steps_per_sample`` steps of all chains; statistics ``(chains, len(stat_names))`` of the last."""
         run = self._running
         before, last = run.state, run.last_stats
-        left = self.steps_per_sample
-        while left:
-            if run.many is not None and left >= UNROLLED_STEPS:
-                stats = self._call(run.many, UNROLLED_STEPS)
-                left -= UNROLLED_STEPS
-            else:
-                stats = self._call(run.one, 1)
-                left -= 1
+        stats = run.take_steps(self.steps_per_sample)
         run.params = None
         if run.any_stopped or not math.isfinite(stats.sum().item()):
-            stats = self._stop_chains(before, last, stats)
+            stats = run.stop_chains(before, last, stats)
         run.last_stats = stats
         run.draws += 1
         if run.draws > run.warmup_steps:
@@ -255,132 +231,25 @@ class StochasticGradientKernel(MCMCKernel):
 
     def chain_diagnostics(self) -> list[dict[str, Any]]:
         """Pyro's diagnostics of each chain, from the draws after warm-up."""
-        run = self._running
-        table = run.table()
-        asked = value_at(self.temperature, max(run.step - 1, 0))
-        result = []
-        for chain in range(run.chains):
-            start = run.stopped_at[chain]
-            diverging = [] if start is None else list(range(max(start - run.warmup_steps, 0), len(table)))
-            entry: dict[str, Any] = {"divergences": diverging, "temperature asked": asked}
-            for name in ("kinetic_temperature", "configurational_temperature"):
-                if name in self.stat_names and len(table):
-                    row = self.stat_names.index(name)
-                    entry[name.replace("_", " ")] = float(table[:, row, chain].double().mean())
-            result.append(entry)
-        return result
+        return self._running.chain_diagnostics()
 
     def sample_stats(self) -> dict[str, Tensor]:
         """Statistics of the draws after warm-up: name -> ``(chains, draws)``."""
-        run = self._running
-        table = run.table()
-        draws = len(table)
-        stats = {name: table[:, row].T.contiguous() for row, name in enumerate(self.stat_names)}
-        steps = [(run.warmup_steps + draw + 1) * self.steps_per_sample - 1 for draw in range(draws)]
-        for name, setting in self.settings().items():
-            values = torch.tensor([value_at(setting, step) for step in steps], dtype=torch.float64)
-            stats[name] = values.expand(run.chains, draws).contiguous()
-        if isinstance(self.step_size, Schedule):
-            cycle = [cycle_position(self.step_size, step) for step in steps]
-            if any(cycle):
-                stats["cycle_position"] = torch.tensor(cycle, dtype=torch.float64).expand(run.chains, draws).contiguous()
-        stats["diverging"] = torch.zeros(run.chains, draws, dtype=torch.bool)
-        for chain, entry in enumerate(self.chain_diagnostics()):
-            stats["diverging"][chain, entry["divergences"]] = True
-        return stats
+        return self._running.sample_stats()
 
-    # ---- the recorded step
-
-    def _prepare(self, inputs: list[Tensor]) -> None:
-        run = self._running
-        run.one = self._build(1, inputs)
-        small = run.chains * run.potential.dim <= LARGEST_UNROLLED
-        if self.steps_per_sample >= UNROLLED_STEPS and small and getattr(run.one, "tier", "") == "inductor":
-            run.many = self._build(UNROLLED_STEPS, inputs)
-
-    def _build(self, steps: int, inputs: list[Tensor]) -> Program:
-        run = self._running
-        fields, count = type(run.state), len(run.state)
-        noises, num_inputs = self.noises_per_step, len(inputs)
-        coefficients = len(self._cast_coefficients(0))
-
-        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-            state: Any = fields(*tensors[:count])
-            rest = tensors[count:]
-            noise, rest = rest[: steps * noises], rest[steps * noises :]
-            batches, rest = rest[: steps * num_inputs], rest[steps * num_inputs :]
-            for step in range(steps):
-                batch = batches[step * num_inputs : (step + 1) * num_inputs]
-                numbers = rest if run.constant else rest[step * coefficients : (step + 1) * coefficients]
-                state, evaluation = self.update(
-                    state,
-                    lambda z, batch=batch: run.potential.traced_energy_and_grad(z, batch),  # type: ignore[misc]
-                    noise[step * noises : (step + 1) * noises],
-                    numbers,
-                )
-            return (*state, self._stats(state, evaluation))
-
-        noise = torch.zeros(steps * noises, run.chains, run.potential.dim, dtype=run.potential.dtype)
-        noise = noise.to(run.potential.device)
-        run.noise[steps] = (noise, noise.unbind(0))
-        numbers = [c for s in range(1 if run.constant else steps) for c in self._cast_coefficients(s)]
-        example = [*run.state, *noise.unbind(0), *(inputs * steps), *numbers]
-        per_chain = [True] * (len(example) - len(numbers)) + [False] * len(numbers)
-        # The statistics lead with their own dimension; the loop over chains concatenates along the first.
-        return run.potential.program(
-            lambda *t: _stats_last(function(*t)), example, per_chain, run.planned_steps // steps
-        )
-
-    def _call(self, program: Program, steps: int) -> Tensor:
-        run = self._running
-        buffer, noise = run.noise[steps]
-        buffer.normal_()
-        batches = [tensor for inputs in run.stream.next(steps) for tensor in inputs]
-        if run.constant:
-            numbers: Sequence[Tensor] = self._cast_coefficients(0)
-        else:
-            numbers = [c for s in range(steps) for c in self._cast_coefficients(run.step + s)]
-        *state, stats = program(*run.state, *noise, *batches, *numbers)
-        run.state = type(run.state)(*state)
-        run.step += steps
-        return stats.T
-
-    def _cast_coefficients(self, step: int) -> tuple[Tensor, ...]:
-        run = self._running
-        if run.constant and run.numbers is not None:
-            return run.numbers
-        potential = run.potential
-        run.numbers = tuple(c.to(potential.dtype).to(potential.device) for c in self.coefficients(step))
-        return run.numbers
-
-    def _stats(self, state: Any, evaluation: Evaluation) -> Tensor:
-        position, energy, grad = evaluation
-        dim = position.shape[-1]
-        rows = [
-            energy,
-            (position * grad).sum(-1) / dim,
-            torch.linalg.vector_norm(grad, dim=-1),
-            torch.linalg.vector_norm(state[0], dim=-1).square(),
-        ]
-        moving = self.momentum_of(state)
-        if moving is not None:
-            momentum, inverse_mass = moving
-            norm = torch.linalg.vector_norm(momentum, dim=-1).square()
-            kinetic = norm * inverse_mass if inverse_mass.dim() == 0 else (momentum.square() * inverse_mass).sum(-1)
-            rows += [kinetic / dim, norm, (state[0] * momentum).sum(-1)]
-        return torch.stack(rows)
-
-    def per_coordinate(self, name: str, value: Any) -> Tensor:
+    def per_coordinate(self, name: str, value: Any, *, default: float = 1.0, positive: bool = True) -> Tensor:
         """A setting given as a number, per site (dict) or per coordinate (vector), as a tensor () or (dim,).
 
-        :raises ValueError: if it is not positive and finite, or of a wrong shape.
+        :param default: for the sites that a dict leaves out.
+        :param positive: whether zero is refused.
+        :raises ValueError: if it is negative (``positive``: or zero), not finite, or of a wrong shape.
         """
         potential = self.potential
         if isinstance(value, Mapping):
             unknown = sorted(set(value) - set(potential.sites))
             if unknown:
                 raise ValueError(f"{name} names sites {unknown}; the model's latent sites are {list(potential.sites)}.")
-            result = torch.ones(potential.dim, dtype=torch.float64)
+            result = torch.full((potential.dim,), default, dtype=torch.float64)
             for site, number in value.items():
                 place = potential.sites[site].slice
                 number = torch.as_tensor(number, dtype=torch.float64)
@@ -397,85 +266,22 @@ class StochasticGradientKernel(MCMCKernel):
                     f"{name} has shape {tuple(result.shape)}; give a number, a dict of numbers per site, or a vector "
                     f"of {potential.dim} values."
                 )
-        if not (torch.isfinite(result).all() and (result > 0).all()):
-            raise ValueError(f"{name} holds values that are not positive and finite; give values > 0.")
-        return result
-
-    # ---- chains that leave the finite numbers
-
-    def _stop_chains(self, before: Any, last: Tensor | None, stats: Tensor) -> Tensor:
-        run = self._running
-        bad = ~torch.isfinite(stats).all(0) | ~torch.isfinite(run.state[0]).all(-1)
-        for chain in (bad & ~run.stopped).nonzero().flatten().tolist():
-            run.stopped_at[chain] = run.draws
-            site = run.potential.site_at(run.state[0][chain : chain + 1]) or "the energy"
-            step_size = value_at(self.step_size, max(run.step - 1, 0))
-            kept = max(run.draws - run.warmup_steps, 0)
-            warnings.warn(
-                f"chain {chain} left the finite numbers by step {run.step}, first at {site!r}, and was stopped. Its "
-                f"{kept} draws so far are kept; those after repeat its last finite state and are marked diverging. "
-                f"Use a smaller step_size (it was {step_size:.3g}), or standardise the data.",
-                RuntimeWarning,
-                stacklevel=4,
+        good = torch.isfinite(result) & ((result > 0) if positive else (result >= 0))
+        if not good.all():
+            raise ValueError(
+                f"{name} holds {result[~good][0].item():g}; give finite values {'>' if positive else '>='} 0."
             )
-        run.stopped |= bad
-        run.any_stopped = bool(run.stopped.any())
-        keep = run.stopped.unsqueeze(-1)
-        run.state = type(before)(*(torch.where(keep, old, new) for old, new in zip(before, run.state, strict=True)))
-        return stats if last is None else torch.where(run.stopped, last, stats)
+        return result
 
     def _adopt(self, params: Mapping[str, Tensor]) -> None:
         """Continue from values that did not come from this kernel."""
         run = self._running
         given = dict(params) if self.num_chains is not None else {n: v.unsqueeze(0) for n, v in params.items()}
         current = run.potential.unflatten(self.position)
-        if all(given[n].data_ptr() == current[n].data_ptr() for n in current if n in given) and len(given) == len(current):
+        if all(given[n].data_ptr() == current[n].data_ptr() for n in current if n in given) and len(given) == len(
+            current
+        ):
             return
         position = run.potential.check_start(run.potential.flatten(given))
         (inputs,) = run.stream.next(1)
         run.state = self.init(position, lambda z: run.potential.traced_energy_and_grad(z, inputs))
-
-
-def _stats_last(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (*outputs[:-1], outputs[-1].T)
-
-
-class _Run:
-    """All that belongs to one run of a kernel and is not part of its settings."""
-
-    def __init__(self, potential: Potential, chains: int, warmup_steps: int) -> None:
-        self.potential, self.chains, self.warmup_steps = potential, chains, warmup_steps
-        self.stream = potential.stream(chains)
-        self.state: Any = None
-        self.params: dict[str, Tensor] | None = None
-        self.constant = True
-        self.numbers: tuple[Tensor, ...] | None = None
-        self.one: Program = _not_built
-        self.many: Program | None = None
-        self.noise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
-        self.planned_steps = 0
-        self.step = 0
-        self.draws = 0
-        self.last_stats: Tensor | None = None
-        self.stopped = torch.zeros(chains, dtype=torch.bool, device=potential.device)
-        self.any_stopped = False
-        self.stopped_at: list[int | None] = [None] * chains
-        self._table: Tensor | None = None
-        self._rows = 0
-
-    def record(self, stats: Tensor) -> None:
-        """Append one draw's statistics."""
-        if self._table is None:
-            self._table = stats.new_empty(64, *stats.shape)
-        elif self._rows == len(self._table):
-            self._table = torch.cat([self._table, torch.empty_like(self._table)])
-        self._table[self._rows] = stats
-        self._rows += 1
-
-    def table(self) -> Tensor:
-        """Statistics ``(draws, names, chains)``."""
-        return torch.empty(0, 0, self.chains) if self._table is None else self._table[: self._rows].cpu()
-
-
-def _not_built(*tensors: Tensor) -> tuple[Tensor, ...]:
-    raise RuntimeError("the kernel's step is recorded in setup(), which has not run.")

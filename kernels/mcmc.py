@@ -16,8 +16,8 @@ import torch
 from pyro import poutine
 from pyro.infer import MCMC as PyroMCMC
 from pyro.infer.mcmc.api import _MultiSampler, _UnarySampler
-from pyro.infer.mcmc.util import print_summary
 from pyro.infer.mcmc.util import diagnostics as site_diagnostics
+from pyro.infer.mcmc.util import print_summary
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,6 +28,12 @@ METHODS = ("vectorized", "sequential", "parallel")
 
 # Above this many numbers a site's effective sample sizes cost more than they say.
 LARGEST_DIAGNOSED_SITE = 2_000
+
+
+STOPPED_IN_WARMUP = (
+    "all chains left the finite numbers before their first draw: use a smaller step_size, standardise the data, or "
+    "give better initial_params."
+)
 
 
 class MCMC(PyroMCMC):
@@ -88,7 +94,9 @@ class MCMC(PyroMCMC):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}; give a whole number of at least {least}.")
         if chain_method not in METHODS:
-            raise ValueError(f"chain_method={chain_method!r} is unknown: choose one of {', '.join(map(repr, METHODS))}.")
+            raise ValueError(
+                f"chain_method={chain_method!r} is unknown: choose one of {', '.join(map(repr, METHODS))}."
+            )
         # Pyro sorts names when it unpacks draws but not when it packs them.
         save = None if save_params is None else sorted(save_params)
         super().__init__(
@@ -104,7 +112,8 @@ class MCMC(PyroMCMC):
         )
         self.num_chains, self.chain_method = num_chains, chain_method
         self._save, self._hook, self._disable_progbar = save, hook_fn, disable_progbar
-        self._asked_samples = num_samples
+        self._asked_samples, self._asked_chains = num_samples, num_chains
+        self._dim = 0
         self._diagnostics = [None] * num_chains
         self._sample_stats: dict[str, Tensor] = {}
         self._initial = initial_params
@@ -130,9 +139,9 @@ class MCMC(PyroMCMC):
         :param kwargs: keyword arguments of the model.
         :raises RuntimeError: if every chain diverges before its first draw.
         """
-        self.num_samples = self._asked_samples
+        self.num_samples, self.num_chains = self._asked_samples, self._asked_chains
         self._diagnostics = [None] * self.num_chains
-        self._sample_stats = {}
+        self._samples, self._sample_stats = None, {}
         parallel = self.chain_method == "parallel" and self.num_chains > 1
         if not self._ours or parallel:
             super().run(*args, **kwargs)
@@ -151,21 +160,29 @@ class MCMC(PyroMCMC):
     def _run_groups(self, groups: Sequence[range], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         finished: list[_Draws] = []
         for group in groups:
-            draws = self._run_group(group, args, kwargs)
-            if draws.count < self.num_samples and finished and not draws.all_stopped:
+            try:
+                draws = self._run_group(group, args, kwargs)
+            except KeyboardInterrupt:
+                if not finished:
+                    raise
+                break
+            if draws.interrupted and draws.count < self.num_samples and finished:
                 break  # interrupted: the finished chains are whole
             finished.append(draws)
             if draws.interrupted:
                 break
         self.num_samples = min(draws.count for draws in finished)
         count = self.num_samples
-        z = torch.cat([draws.values[:, :count] for draws in finished]) if len(finished) > 1 else finished[0].values[:, :count]
+        self._diagnostics = [entry for draws in finished for entry in draws.diagnostics]
+        if all(len(entry["divergences"]) == count for entry in self._diagnostics):
+            raise RuntimeError(STOPPED_IN_WARMUP)
+        values = [draws.values[:, :count] for draws in finished]
+        z = torch.cat(values) if len(values) > 1 else values[0]
         self.transforms = self.kernel.transforms if self.transforms is None else self.transforms
         self._samples = {}
         for name, (place, shape) in finished[0].places.items():
             value = z[..., place].reshape(*z.shape[:2], *shape)
             self._samples[name] = self.transforms[name].inv(value) if name in self.transforms else value
-        self._diagnostics = [entry for draws in finished for entry in draws.diagnostics]
         stats = [draws.stats for draws in finished]
         self._sample_stats = {name: torch.cat([s[name][:, :count] for s in stats]) for name in stats[0]}
         if len(self._diagnostics) < self.num_chains:
@@ -184,10 +201,13 @@ class MCMC(PyroMCMC):
         kernel.num_chains, kernel.num_samples = len(chains), self.num_samples
         label = "" if len(chains) == self.num_chains else f" [{chains[0]}]"
         initial = self._initial
-        kernel.initial_params = None if initial is None else {n: v[chains.start : chains.stop] for n, v in initial.items()}
+        kernel.initial_params = (
+            None if initial is None else {n: v[chains.start : chains.stop] for n, v in initial.items()}
+        )
         try:
             kernel.setup(warmup, *args, **kwargs)
             draws = _Draws(kernel, len(chains), self.num_samples, self._save)
+            self._dim = kernel.potential.dim
             with tqdm(total=warmup + self.num_samples, disable=self._disable_progbar, desc="Warmup" + label) as bar:
                 try:
                     self._draw(draws, bar, label)
@@ -211,20 +231,22 @@ class MCMC(PyroMCMC):
                 draws.add(kernel.position)
             if hook is not None:
                 warm = i < self.warmup_steps
-                hook(kernel, kernel.initial_params, "Warmup" if warm else "Sample", i - (0 if warm else self.warmup_steps))
+                hook(
+                    kernel,
+                    kernel.initial_params,
+                    "Warmup" if warm else "Sample",
+                    i - (0 if warm else self.warmup_steps),
+                )
             if not self._disable_progbar:
                 now = time.monotonic()
                 if now - shown > 0.5:
                     bar.set_postfix(kernel.logging(), refresh=False)
                     shown = now
                 bar.update()
-            if kernel.any_stopped and kernel.all_stopped:
-                draws.all_stopped = True
-                if not draws.count:
-                    raise RuntimeError(
-                        f"all chains left the finite numbers in warm-up, by step {kernel.steps_done}: use a smaller "
-                        "step_size, standardise the data, or give better initial_params."
-                    )
+            # A chain that runs alone repeats its last finite state to the end, as it does beside others.
+            if kernel.any_stopped and kernel.all_stopped and len(draws.values) == self.num_chains:
+                if i < self.warmup_steps:
+                    raise RuntimeError(STOPPED_IN_WARMUP)
                 break
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
@@ -263,13 +285,18 @@ class MCMC(PyroMCMC):
         for name in sorted(set(self._samples) - set(small)):
             print(f"{name}: {self._samples[name][0, 0].numel()} numbers, not listed")
         if self._sample_stats:
-            print(describe_temperatures({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim))
+            print(self.temperature_report())
         if self._diagnostics[0] and "divergences" in self._diagnostics[0]:
             print(f"Number of divergences: {sum(len(entry['divergences']) for entry in self._diagnostics)}")
 
-    @property
-    def _dim(self) -> int:
-        return sum(value[0, 0].numel() for value in self._samples.values())
+    def temperature_report(self) -> str:
+        """One line: the temperature asked for, and the kinetic and configurational ones that the chains had.
+
+        :raises RuntimeError: before ``run``, or for a kernel of Pyro's own, which has no temperature.
+        """
+        if not self.sample_stats:
+            raise RuntimeError("there are no statistics to measure a temperature by: the kernel is not one of bnn's.")
+        return describe_temperatures({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim)
 
     def _check_run(self) -> None:
         if self._samples is None:
@@ -279,13 +306,15 @@ class MCMC(PyroMCMC):
 class _Draws:
     """Draws of a group of chains in one array that is allocated before the run."""
 
-    def __init__(self, kernel: StochasticGradientKernel, chains: int, num_samples: int, save: Sequence[str] | None) -> None:
+    def __init__(
+        self, kernel: StochasticGradientKernel, chains: int, num_samples: int, save: Sequence[str] | None
+    ) -> None:
         potential = kernel.potential
         unknown = sorted(set(save or ()) - set(potential.sites))
         if unknown:
             raise ValueError(f"save_params names {unknown}; the model's latent sites are {list(potential.sites)}.")
         sites = [potential.sites[name] for name in (save if save is not None else potential.sites)]
-        self.kernel, self.count, self.interrupted, self.all_stopped = kernel, 0, False, False
+        self.kernel, self.count, self.interrupted = kernel, 0, False
         self.places: dict[str, tuple[slice, torch.Size]] = {}
         offset = 0
         for site in sites:
@@ -303,6 +332,8 @@ class _Draws:
 
     def finish(self) -> None:
         self.diagnostics = self.kernel.chain_diagnostics()
+        for entry in self.diagnostics:  # an interrupt may fall between a step and its draw
+            entry["divergences"] = [draw for draw in entry["divergences"] if draw < self.count]
         self.stats = self.kernel.sample_stats()
 
 

@@ -163,7 +163,9 @@ class SGHMC(StochasticGradientKernel):
         super().__init__(model, step_size=step_size, temperature=temperature, **options)
         check_setting("friction", friction)
         if integrator not in _INTEGRATORS:
-            raise ValueError(f"integrator {integrator!r} is unknown: choose one of {', '.join(map(repr, _INTEGRATORS))}.")
+            raise ValueError(
+                f"integrator {integrator!r} is unknown: choose one of {', '.join(map(repr, _INTEGRATORS))}."
+            )
         if momentum_resampling is not None and (not isinstance(momentum_resampling, int) or momentum_resampling < 1):
             raise ValueError(f"momentum_resampling is {momentum_resampling!r}; give a number of steps >= 1, or None.")
         self.friction, self.mass, self.integrator = friction, mass, integrator
@@ -173,6 +175,10 @@ class SGHMC(StochasticGradientKernel):
     def settings(self) -> dict[str, float | Schedule]:
         """The settings that may follow a schedule."""
         return {**super().settings(), "friction": self.friction}
+
+    def is_constant(self) -> bool:
+        """Whether the coefficients are the same at every step: not where some steps resample the momentum."""
+        return super().is_constant() and self.momentum_resampling in (None, 1)
 
     def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> SGHMCState:
         """Momentum drawn from N(0, T M)."""
@@ -210,17 +216,15 @@ class SGHMC(StochasticGradientKernel):
         """One step of the chosen integrator."""
         return _INTEGRATORS[self.integrator](state, energy_and_grad, noise, Coefficients(*coefficients[:4]))
 
-    def momentum_of(self, state: Any) -> tuple[Tensor, Tensor]:
+    def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Momentum and inverse mass."""
-        return state.momentum, (1.0 / self._mass()).to(state.momentum)
+        return state.momentum, coefficients[4]
 
     def _mass(self) -> Tensor:
         return self.per_coordinate("mass", self.mass)
 
     def _gradient_noise(self) -> Tensor:
-        if isinstance(self.gradient_noise, (int, float)) and self.gradient_noise == 0:
-            return torch.zeros((), dtype=torch.float64)
-        return self.per_coordinate("gradient_noise", self.gradient_noise)
+        return self.per_coordinate("gradient_noise", self.gradient_noise, default=0.0, positive=False)
 
 
 def step_size_and_friction(
@@ -241,7 +245,12 @@ def step_size_and_friction(
     (0.01, 10.0)
     """
     lowest_open = integrator != "symplectic_euler"
-    if not learning_rate > 0 or not num_data >= 1 or not 0 <= momentum_decay < 1 or (lowest_open and momentum_decay == 0):
+    if (
+        not learning_rate > 0
+        or not num_data >= 1
+        or not 0 <= momentum_decay < 1
+        or (lowest_open and momentum_decay == 0)
+    ):
         raise ValueError(
             f"got learning_rate={learning_rate}, momentum_decay={momentum_decay}, num_data={num_data}; give "
             "learning_rate > 0, num_data >= 1 and a momentum_decay in (0, 1)."

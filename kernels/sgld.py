@@ -88,9 +88,11 @@ class SGLD(StochasticGradientKernel):
         return init(position)
 
     def coefficients(self, step: int) -> tuple[Tensor, ...]:
-        """hP and √(2hTP)."""
+        """The drift hP and the noise scale √(2hTP)."""
         h, temperature = value_at(self.step_size, step), value_at(self.temperature, step)
-        preconditioner = self.per_coordinate("preconditioner", 1.0 if self.preconditioner is None else self.preconditioner)
+        preconditioner = self.per_coordinate(
+            "preconditioner", 1.0 if self.preconditioner is None else self.preconditioner
+        )
         return h * preconditioner, torch.sqrt(2.0 * h * temperature * preconditioner)
 
     def update(

@@ -1,0 +1,279 @@
+"""What a model says about every row of its data under many draws: log-likelihood, predictions, observations.
+
+The model runs over all its data in chunks (see :mod:`bnn.observations`). Within a chunk the draws are vectorized, as
+many at once as memory allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from bnn.checks import first_of
+from bnn.log_joint import quiet_handlers
+from bnn.observations import Chunk, Observation, Reader, copies_of, one_pass, place_of, read, tensor_arguments, windows
+
+# A group of more numbers than this is made only on request.
+LARGEST_GROUP = 20_000_000
+
+# So many draws run at once that the largest tensor inside the model stays below this many numbers.
+LARGEST_TENSOR = 1 << 22
+
+# Laws that can be drawn from for many draws at once; others differ from their loop, warn, or are not implemented there.
+DRAWN_AT_ONCE = {
+    "Bernoulli", "Categorical", "Gamma", "HalfNormal", "Laplace", "LogNormal", "MultivariateNormal", "Normal",
+    "OneHotCategorical", "Poisson", "StudentT", "Uniform",
+}  # fmt: skip
+
+PER_DRAW = ("log_likelihood", "posterior_predictive")
+
+
+@dataclass
+class Groups:
+    """The groups that :func:`evaluate` made.
+
+    :ivar values: group -> variable -> tensor; those of log-likelihood and predictions lead with the draws.
+    :ivar left_out: group -> why it was not made.
+    """
+
+    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    draws: Mapping[str, Tensor],
+    wanted: Mapping[str, bool | None],
+    *,
+    batches: Iterable[Any] | None = None,
+) -> Groups:
+    """Run ``model`` over all its data once and collect the groups that are wanted, so that their rows correspond.
+
+    :param model: a Pyro model.
+    :param args: its arguments, not used with ``batches``.
+    :param kwargs: its keyword arguments, not used with ``batches``.
+    :param draws: values of the latent sites in the model's own space, ``(draws, *shape)``.
+    :param wanted: of ``observed_data``, ``constant_data``, ``log_likelihood`` and ``posterior_predictive``, whether it
+        is made: False, True, or None for "unless it is too large or impossible".
+    :param batches: an iterable of argument tuples that together are the data.
+    :raises ValueError: if a group that must be made cannot be made.
+    """
+    if batches is not None:
+        args, kwargs = first_of(batches, (), {})
+    probe, over_draws = Chunk(args, dict(kwargs)), _OverDraws(model, draws)
+    with torch.no_grad(), quiet_handlers():
+        with over_draws.meter:
+            reader = read(model, over_draws.first, probe)
+        groups = Groups(left_out=_left_out(wanted, reader, probe, over_draws, batches))
+        collector = _Collector(
+            over_draws, {g for g, want in wanted.items() if want is not False} - set(groups.left_out)
+        )
+        if collector.parts:
+            for chunk in windows(probe, list(reader.plates.values())) if batches is None else one_pass(batches):
+                collector.add(chunk)
+    groups.values = collector.groups()
+    return groups
+
+
+def _left_out(
+    wanted: Mapping[str, bool | None],
+    reader: Reader,
+    probe: Chunk,
+    over_draws: _OverDraws,
+    batches: Iterable[Any] | None,
+) -> dict[str, str]:
+    """Which groups are too large or cannot be computed, and why; those that must be made are an error."""
+    copies = {name: copies_of(site, reader, probe, batches) for name, site in reader.sites.items()}
+    rows = sum(site.log_prob.numel() * copies[name] for name, site in reader.sites.items())
+    numbers = sum(site.value.numel() * copies[name] for name, site in reader.sites.items())
+    arguments = sum(value.numel() for value in tensor_arguments(over_draws.model, probe).values())
+    sizes = {
+        "observed_data": numbers,
+        "constant_data": arguments * (1 if batches is None else max(copies.values(), default=1)),
+        "log_likelihood": over_draws.count * rows,
+        "posterior_predictive": over_draws.count * numbers,
+    }
+    result = {}
+    for group, want in wanted.items():
+        if want is not False and group in PER_DRAW and reader.missing:
+            why = f"the draws lack the latent sites {sorted(reader.missing)} (discrete ones, or not in save_params=)"
+            if want:
+                raise ValueError(f"{group} needs all latent sites of the model, but {why}.")
+            result[group] = why
+        elif want is None and sizes[group] > LARGEST_GROUP:
+            result[group] = f"it would hold {sizes[group]:.1e} numbers"
+    return result
+
+
+class _Collector:
+    """Puts the groups together, chunk by chunk."""
+
+    def __init__(self, over_draws: _OverDraws, wanted: set[str]) -> None:
+        self.model, self.over_draws, self.wanted = over_draws.model, over_draws, wanted
+        self.parts = {group: _Parts() for group in wanted}
+        if "constant_data" in wanted:  # is told apart from the observations
+            self.parts.setdefault("observed_data", _Parts())
+        self.whole: dict[str, Tensor] = {}
+
+    def add(self, chunk: Chunk) -> None:
+        """Add one chunk to every group."""
+        if "constant_data" in self.parts:
+            self._add_arguments(chunk)
+        sites = read(self.model, self.over_draws.first, chunk).sites
+        places = {name: place for name, site in sites.items() if (place := place_of(site, chunk)) is not None}
+        for name, site in sites.items():
+            if chunk.row is not None and not places.get(name):
+                self._check_same(name, site.value)
+            if name in places and "observed_data" in self.parts:
+                self.parts["observed_data"].add(name, site.value, site.shifted(places[name]))
+        for group in PER_DRAW:
+            if group in self.parts and places:
+                resample = group == "posterior_predictive"
+                for name, value in self.over_draws(chunk, sites, resample).items():
+                    if name in places:
+                        place = sites[name].shifted(places[name]) if resample else places[name]
+                        self.parts[group].add(name, value, place)
+
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """The groups that are not empty."""
+        values = {group: part.whole() for group, part in self.parts.items()}
+        if "constant_data" in values:
+            constant, observed = values["constant_data"], values["observed_data"].values()
+            values["constant_data"] = {
+                name: v for name, v in constant.items() if not any(_same(v, o) for o in observed)
+            }
+        return {group: variables for group, variables in values.items() if variables and group in self.wanted}
+
+    def _add_arguments(self, chunk: Chunk) -> None:
+        for name, value in tensor_arguments(self.model, chunk).items():
+            if chunk.row is not None and value.dim() and len(value) == chunk.size:
+                self.parts["constant_data"].add(name, value, {-value.dim(): chunk.row})
+            elif name not in self.parts["constant_data"].parts:
+                self.parts["constant_data"].add(name, value, {})
+
+    def _check_same(self, name: str, value: Tensor) -> None:
+        if not torch.equal(self.whole.setdefault(name, value), value):
+            raise ValueError(
+                f"observed site {name!r} changes from batch to batch, but is in no plate over a batch's rows: put it "
+                "into pyro.plate('data', N, subsample_size=len(x))."
+            )
+
+
+class _Parts:
+    """Variables that are put together from chunks."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[tuple[Tensor, dict[int, int]]]] = {}
+
+    def add(self, name: str, value: Tensor, place: Mapping[int, int]) -> None:
+        """Add a part that begins at ``place[dim]`` in each dimension, counted from the right."""
+        self.parts.setdefault(name, []).append((value.detach().cpu(), dict(place)))
+
+    def whole(self) -> dict[str, Tensor]:
+        """The variables, and forget the parts."""
+        result = {}
+        for name in list(self.parts):
+            parts = self.parts.pop(name)
+            value, shape = parts[0][0], list(parts[0][0].shape)
+            if len(parts) > 1:
+                for part, place in parts:
+                    for dim, start in place.items():
+                        shape[dim] = max(shape[dim], start + part.shape[dim])
+                value = value.new_empty(shape)
+                for part, place in parts:
+                    window = [slice(None)] * value.dim()
+                    for dim, start in place.items():
+                        window[dim] = slice(start, start + part.shape[dim])
+                    value[tuple(window)] = part
+            result[name] = value
+        return result
+
+
+# ---- many draws
+
+
+class _Meter(TorchFunctionMode):
+    """Notes the largest tensor that a model makes, and whether it convolves."""
+
+    largest, convolves = 1, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        self.convolves |= getattr(func, "__name__", "").startswith("conv")
+        return result
+
+
+class _FreshNoise(TorchFunctionMode):
+    """Replaces in-place noise on a new tensor, which cannot differ between vectorized draws, by a new tensor of noise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_) and len(args) == 1 and not kwargs:
+            draw = torch.randn if func is Tensor.normal_ else torch.rand
+            return draw(args[0].shape, dtype=args[0].dtype, device=args[0].device)
+        return func(*args, **(kwargs or {}))
+
+
+class _OverDraws:
+    """Runs the model for every draw: vectorized where the model allows it, else one after another."""
+
+    def __init__(self, model: Callable[..., Any], draws: Mapping[str, Tensor]) -> None:
+        self.model, self.draws = model, draws
+        self.first = {name: value[0] for name, value in draws.items()}
+        self.count = len(next(iter(draws.values())))
+        self.meter = _Meter()
+        self._vectorizes: dict[bool, bool] = {}
+
+    def __call__(self, chunk: Chunk, sites: Mapping[str, Observation], resample: bool) -> dict[str, Tensor]:
+        """Log-likelihood of each site ``(draws, *batch shape)``, or a draw of its value ``(draws, *shape)``."""
+
+        def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            with _FreshNoise() if resample else contextlib.nullcontext():
+                found = read(self.model, values, chunk, resample).sites
+            return {name: site.value if resample else site.log_prob for name, site in found.items()}
+
+        at_once = max(1, LARGEST_TENSOR // self.meter.largest)
+        on_cpu = next(iter(self.draws.values())).device.type == "cpu"
+        slow = at_once == 1 or (on_cpu and self.meter.convolves)  # a convolution per draw gains nothing on a CPU
+        slow |= resample and not all(site.laws <= DRAWN_AT_ONCE for site in sites.values())
+        if self._vectorizes.setdefault(resample, not slow):
+            try:
+                result = self._vectorized(one, at_once)
+                if resample or _agree({name: value[0] for name, value in result.items()}, sites):
+                    return result
+            except Exception:  # whatever vmap cannot do, the loop can, or raises itself
+                pass
+            self._vectorizes[resample] = False
+        pieces = [one({name: value[i] for name, value in self.draws.items()}) for i in range(self.count)]
+        return {name: torch.stack([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _vectorized(self, one: Callable[..., Any], at_once: int) -> dict[str, Tensor]:
+        pieces = []
+        for start in range(0, self.count, at_once):
+            part = {name: value[start : start + at_once] for name, value in self.draws.items()}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+                pieces.append(torch.func.vmap(one, randomness="different")(part))
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _agree(values: Mapping[str, Tensor], sites: Mapping[str, Observation]) -> bool:
+    """Whether the vectorized log-likelihood of the first draw is the one of a run by itself."""
+    return set(values) == set(sites) and all(
+        torch.allclose(value, sites[name].log_prob.to(value), rtol=2e-3, atol=2e-3, equal_nan=True)
+        for name, value in values.items()
+    )
+
+
+def _same(value: Tensor, other: Tensor) -> bool:
+    return value.numel() == other.numel() and torch.equal(value.double().reshape(-1), other.double().reshape(-1))

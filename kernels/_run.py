@@ -1,0 +1,274 @@
+"""One run of a kernel: its recorded step, its chains' state, and their statistics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bnn.kernels.schedules import Schedule, cycle_position, value_at
+from bnn.potential import Potential
+from bnn.tiers import Program
+
+EnergyAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+# Steps recorded in one program, and the largest state (chains times dim) for which that is worth its compilation.
+UNROLLED_STEPS = 10
+LARGEST_UNROLLED = 20_000
+
+
+class Evaluation(NamedTuple):
+    """Where an update evaluated the gradient last: position ``(chains, dim)``, energy ``(chains,)``, gradient."""
+
+    position: Tensor
+    energy: Tensor
+    grad: Tensor
+
+
+class Algorithm(Protocol):
+    """What a run asks of the kernel that it belongs to."""
+
+    step_size: float | Schedule
+    temperature: float | Schedule
+    steps_per_sample: int
+    noises_per_step: int
+
+    def coefficients(self, step: int) -> tuple[Tensor, ...]:
+        """Numbers of the update."""
+
+    def update(
+        self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], Evaluation]:
+        """One step."""
+
+    def settings(self) -> dict[str, float | Schedule]:
+        """The settings that may follow a schedule."""
+
+    def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Momentum and inverse mass."""
+
+
+class Run:
+    """All that belongs to one run of a kernel and is not part of its settings.
+
+    :param kernel: the algorithm.
+    :param potential: the recorded model.
+    :param chains: number of chains.
+    :param warmup_steps: draws that are not recorded.
+    """
+
+    def __init__(self, kernel: Algorithm, potential: Potential, chains: int, warmup_steps: int) -> None:
+        self.kernel = kernel
+        self.potential, self.chains, self.warmup_steps = potential, chains, warmup_steps
+        self.stream = potential.stream(chains)
+        self.state: Any = None
+        self.params: dict[str, Tensor] | None = None
+        self.constant = True
+        self.numbers: tuple[Tensor, ...] | None = None
+        self.unrolled = 0  # steps of the program that records several, 0 without one
+        self._programs: dict[Any, Program] = {}
+        self.noise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self.planned_steps = 0
+        self.step = 0
+        self.draws = 0
+        self.last_stats: Tensor | None = None
+        self.stopped = torch.zeros(chains, dtype=torch.bool, device=potential.device)
+        self.any_stopped = False
+        self.stopped_at: list[int | None] = [None] * chains
+        self._table: Tensor | None = None
+        self._rows = 0
+
+    # ---- statistics
+
+    @property
+    def stat_names(self) -> list[str]:
+        """Names of the columns of :meth:`advance`'s statistics."""
+        names = ["energy", "configurational_temperature", "gradient_norm", "squared_norm"]
+        if self.kernel.momentum_of(self.state, self.numbers or ()) is not None:
+            names += ["kinetic_temperature", "momentum_squared_norm", "position_momentum"]
+        return names
+
+    def record(self, stats: Tensor) -> None:
+        """Append one draw's statistics."""
+        if self._table is None:
+            self._table = stats.new_empty(64, *stats.shape)
+        elif self._rows == len(self._table):
+            self._table = torch.cat([self._table, torch.empty_like(self._table)])
+        self._table[self._rows] = stats
+        self._rows += 1
+
+    def table(self) -> Tensor:
+        """Statistics ``(draws, chains, names)``."""
+        return torch.empty(0, self.chains, 0) if self._table is None else self._table[: self._rows].cpu()
+
+    def chain_diagnostics(self) -> list[dict[str, Any]]:
+        """Pyro's diagnostics of each chain, from the draws after warm-up."""
+        table = self.table()
+        asked = value_at(self.kernel.temperature, max(self.step - 1, 0))
+        result = []
+        for chain in range(self.chains):
+            start = self.stopped_at[chain]
+            diverging = [] if start is None else list(range(max(start - self.warmup_steps, 0), len(table)))
+            entry: dict[str, Any] = {"divergences": diverging, "temperature asked": asked}
+            for name in ("kinetic_temperature", "configurational_temperature"):
+                if name in self.stat_names and len(table):
+                    row = self.stat_names.index(name)
+                    entry[name.replace("_", " ")] = float(table[:, chain, row].double().mean())
+            result.append(entry)
+        return result
+
+    def sample_stats(self) -> dict[str, Tensor]:
+        """Statistics of the draws after warm-up: name -> ``(chains, draws)``."""
+        table = self.table()
+        draws = len(table)
+        stats = {name: table[:, :, row].T.contiguous() for row, name in enumerate(self.stat_names)}
+        steps = [(self.warmup_steps + draw + 1) * self.kernel.steps_per_sample - 1 for draw in range(draws)]
+        for name, setting in self.kernel.settings().items():
+            values = torch.tensor([value_at(setting, step) for step in steps], dtype=torch.float64)
+            stats[name] = values.expand(self.chains, draws).contiguous()
+        if isinstance(self.kernel.step_size, Schedule):
+            cycle = [cycle_position(self.kernel.step_size, step) for step in steps]
+            if any(cycle):
+                stats["cycle_position"] = (
+                    torch.tensor(cycle, dtype=torch.float64).expand(self.chains, draws).contiguous()
+                )
+        stats["diverging"] = torch.zeros(self.chains, draws, dtype=torch.bool)
+        for chain, entry in enumerate(self.chain_diagnostics()):
+            stats["diverging"][chain, entry["divergences"]] = True
+        return stats
+
+    # ---- the recorded step
+
+    def prepare(self, inputs: list[Tensor]) -> None:
+        """Record the step, so that what cannot work fails before any sampling."""
+        steps = self.kernel.steps_per_sample
+        draws = self.planned_steps // steps
+        even = self.potential.batches is None  # a loader's last batch may be smaller
+        small = self.chains * self.potential.dim <= LARGEST_UNROLLED
+        tier = ""
+        if steps > 1:
+            tier = self._program(1, False, inputs, self.planned_steps - draws).tier
+        if steps >= UNROLLED_STEPS and small and even and tier == "inductor":
+            self.unrolled = UNROLLED_STEPS
+            self._program(UNROLLED_STEPS, True, inputs * UNROLLED_STEPS, draws * (steps // UNROLLED_STEPS))
+        if not self.unrolled or steps % UNROLLED_STEPS:
+            self._program(1, True, inputs, draws)
+
+    def take_steps(self, count: int) -> Tensor:
+        """``count`` steps of all chains; statistics ``(chains, names)`` of the last."""
+        stats: tuple[Tensor, ...] = ()
+        while self.unrolled and count >= self.unrolled:
+            stats = self.call(self.unrolled)
+            count -= self.unrolled
+        while count > 1:
+            self.call(1, observed=False)
+            count -= 1
+        if count:
+            stats = self.call(1)
+        return stats[0]
+
+    def call(self, steps: int, observed: bool = True) -> tuple[Tensor, ...]:
+        """One call of the program of ``steps`` steps; what it returns besides the state."""
+        batches = [tensor for inputs in self.stream.next(steps) for tensor in inputs]
+        program = self._program(steps, observed, batches)
+        buffer, noise = self.noise[steps]
+        buffer.normal_()
+        if self.constant:
+            numbers: Sequence[Tensor] = self.numbers_at(0)
+        else:
+            numbers = [c for s in range(steps) for c in self.numbers_at(self.step + s)]
+        outputs = program(*self.state, *noise, *batches, *numbers)
+        fields = len(self.state)
+        self.state = type(self.state)(*outputs[:fields])
+        self.step += steps
+        return tuple(outputs[fields:])
+
+    def _program(self, steps: int, observed: bool, batches: Sequence[Tensor], calls: int = 0) -> Program:
+        """The recorded steps; shapes are part of a recording, so a loader's smaller last batch has one of its own."""
+        key: Any = (steps, observed)
+        if self.potential.batches is not None:
+            key = (*key, *(tensor.shape for tensor in batches))
+        program = self._programs.get(key)
+        if program is None:
+            program = self._programs[key] = self._build(steps, observed, batches, calls)
+        return program
+
+    def _build(self, steps: int, observed: bool, inputs: Sequence[Tensor], calls: int) -> Program:
+        fields, count = type(self.state), len(self.state)
+        noises, num_inputs = self.kernel.noises_per_step, len(inputs) // steps
+        coefficients = len(self.numbers_at(0))
+
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            state: Any = fields(*tensors[:count])
+            rest = tensors[count:]
+            noise, rest = rest[: steps * noises], rest[steps * noises :]
+            batches, rest = rest[: steps * num_inputs], rest[steps * num_inputs :]
+            for step in range(steps):
+                batch = batches[step * num_inputs : (step + 1) * num_inputs]
+                numbers = rest if self.constant else rest[step * coefficients : (step + 1) * coefficients]
+                state, evaluation = self.kernel.update(
+                    state,
+                    lambda z, batch=batch: self.potential.traced_energy_and_grad(z, batch),  # type: ignore[misc]
+                    noise[step * noises : (step + 1) * noises],
+                    numbers,
+                )
+            return (*state, self._stats(state, evaluation, numbers)) if observed else tuple(state)
+
+        noise = torch.zeros(steps * noises, self.chains, self.potential.dim, dtype=self.potential.dtype)
+        noise = noise.to(self.potential.device)
+        self.noise[steps] = (noise, noise.unbind(0))
+        numbers = [c for s in range(1 if self.constant else steps) for c in self.numbers_at(s)]
+        example = [*self.state, *noise.unbind(0), *inputs, *numbers]
+        per_chain = [True] * (len(example) - len(numbers)) + [False] * len(numbers)
+        return self.potential.program(function, example, per_chain, calls)
+
+    def numbers_at(self, step: int) -> tuple[Tensor, ...]:
+        """The kernel's coefficients in the precision and on the device of the chains."""
+        if self.constant and self.numbers is not None:
+            return self.numbers
+        potential = self.potential
+        self.numbers = tuple(c.to(potential.dtype).to(potential.device) for c in self.kernel.coefficients(step))
+        return self.numbers
+
+    def _stats(self, state: Any, evaluation: Evaluation, coefficients: Sequence[Tensor]) -> Tensor:
+        position, energy, grad = evaluation
+        dim = position.shape[-1]
+        rows = [
+            energy,
+            (position * grad).sum(-1) / dim,
+            torch.linalg.vector_norm(grad, dim=-1),
+            torch.linalg.vector_norm(state[0], dim=-1).square(),
+        ]
+        moving = self.kernel.momentum_of(state, coefficients)
+        if moving is not None:
+            momentum, inverse_mass = moving
+            norm = torch.linalg.vector_norm(momentum, dim=-1).square()
+            kinetic = norm * inverse_mass if inverse_mass.dim() == 0 else (momentum.square() * inverse_mass).sum(-1)
+            rows += [kinetic / dim, norm, (state[0] * momentum).sum(-1)]
+        return torch.stack(rows, -1)
+
+    # ---- chains that leave the finite numbers
+
+    def stop_chains(self, before: Any, last: Tensor | None, stats: Tensor) -> Tensor:
+        """Put chains that are not finite back to ``before``, for good, and say so."""
+        bad = ~torch.isfinite(stats).all(-1) | ~torch.isfinite(self.state[0]).all(-1)
+        for chain in (bad & ~self.stopped).nonzero().flatten().tolist():
+            self.stopped_at[chain] = self.draws
+            site = self.potential.site_at(self.state[0][chain : chain + 1]) or "the energy"
+            step_size = value_at(self.kernel.step_size, max(self.step - 1, 0))
+            kept = max(self.draws - self.warmup_steps, 0)
+            warnings.warn(
+                f"chain {chain} left the finite numbers by step {self.step}, first at {site!r}, and was stopped. Its "
+                f"{kept} draws so far are kept; those after repeat its last finite state and are marked diverging. "
+                f"Use a smaller step_size (it was {step_size:.3g}), or standardise the data.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self.stopped |= bad
+        self.any_stopped = bool(self.stopped.any())
+        keep = self.stopped.unsqueeze(-1)
+        self.state = type(before)(*(torch.where(keep, old, new) for old, new in zip(before, self.state, strict=True)))
+        return stats if last is None else torch.where(keep, last, stats)

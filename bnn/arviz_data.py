@@ -134,9 +134,10 @@ def assemble(
 
     filled = {group: dict(variables) for group, variables in groups.items() if variables}
     attrs = {group: dict(values) for group, values in (attrs or {}).items() if group in filled}
+    from_dict: Any = arviz.from_dict
     names, named, pred_named = _lists(coords), _lists(dims), _lists(pred_dims)
     if int(arviz.__version__.split(".")[0]) >= 1:
-        return arviz.from_dict(
+        return from_dict(
             filled,
             coords=names,
             dims=named,
@@ -150,9 +151,9 @@ def assemble(
     with warnings.catch_warnings():
         # ArviZ guesses from the sizes whether chains and draws were mixed up; here they are known.
         warnings.filterwarnings("ignore", message="More chains", category=UserWarning)
-        result = arviz.from_dict(**filled, coords=names, dims=named, **group_attrs)
+        result = from_dict(**filled, coords=names, dims=named, **group_attrs)
         if predictions:  # ArviZ 0.x would give predictions_constant_data the dimensions of constant_data
-            result.extend(arviz.from_dict(**predictions, coords=names, dims=pred_named))
+            result.extend(from_dict(**predictions, coords=names, dims=pred_named))
     return result
 
 
@@ -238,7 +239,7 @@ def _fit(group: str, name: str, value: Any, shape: tuple[int, int] | None, thin:
 
 def _attributes(posterior: Any, thin: int) -> dict[str, Any]:
     """What the run was: numbers and strings only, so that they can be written to a file."""
-    kernel = getattr(posterior, "kernel", None)
+    kernel: Any = getattr(posterior, "kernel", None)
     ours = type(kernel).__module__.split(".")[0] == "bnn"
     attrs: dict[str, Any] = {"inference_library": "pyro-bnn" if ours else "pyro"}
     try:

@@ -66,7 +66,7 @@ def plates_match_batches(
     kwargs: Mapping[str, Any],
 ) -> None:
     """:raises ValueError: if the model does not scale a batch up to the data, or to another number of rows."""
-    count = len(batches) if hasattr(batches, "__len__") else None
+    count = len(batches) if isinstance(batches, Sized) else None
     if not plates:
         trace = poutine.trace(poutine.block(model, hide=[])).get_trace(*args, **kwargs)
         scaled = any(
@@ -167,8 +167,7 @@ def site_values(values: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) 
     if missing or unknown:
         raise ValueError(
             f"values are given for sites {sorted(values)}, the model's latent sites are {sorted(shapes)}: "
-            + (f"missing {missing}. " if missing else "")
-            + (f"unknown {unknown}." if unknown else "")
+            + " ".join([f"missing {missing}."] * bool(missing) + [f"unknown {unknown}."] * bool(unknown))
         )
     counts = {}
     for name, shape in shapes.items():

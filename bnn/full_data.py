@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,17 +78,15 @@ def traced_chunk(potential: Potential, position: Tensor, *inputs: Tensor) -> tup
 def mean_rows(batches: Iterable[Any]) -> float | None:
     """Mean number of rows of a batch over one pass, None if it cannot be told without the pass."""
     rows = rows_in(batches)
-    if rows is None or not hasattr(batches, "__len__"):
+    if rows is None or not isinstance(batches, Sized):
         return None
-    return float(batches.batch_size) if _drops_last(batches) else rows / len(batches)
+    if isinstance(batches, DataLoader) and batches.drop_last:
+        return float(batches.batch_size or 0)
+    return rows / len(batches)
 
 
-def _drops_last(batches: Any) -> bool:
-    return isinstance(batches, DataLoader) and batches.drop_last
-
-
-def _with_last_batch(batches: Any) -> Iterable[Any]:
+def _with_last_batch(batches: Iterable[Any]) -> Iterable[Any]:
     """The same data with the last, smaller batch that a loader may leave out."""
-    if not _drops_last(batches):
-        return batches  # type: ignore[no-any-return]
+    if not (isinstance(batches, DataLoader) and batches.drop_last):
+        return batches
     return DataLoader(batches.dataset, batches.batch_size, sampler=batches.sampler, collate_fn=batches.collate_fn)

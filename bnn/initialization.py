@@ -109,7 +109,8 @@ def find_starts(potential: Potential, num_chains: int, init: Strategy) -> Tensor
         with torch.no_grad(), quiet_handlers(), poutine.block():
             model = pyro_initialization.InitMessenger(partial(_finite, init))(potential.model)
             trace = poutine.trace(model).get_trace(*potential.args, **potential.kwargs)
-        values = {name: trace.nodes[name]["value"].detach().unsqueeze(0) for name in potential.sites}
+        nodes: Any = trace.nodes
+        values = {name: nodes[name]["value"].detach().unsqueeze(0) for name in potential.sites}
         position = potential.from_values(values)
         energy, grad = potential.gradient_by_chain(position)
         if torch.isfinite(energy).all() and torch.isfinite(grad).all():

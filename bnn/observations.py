@@ -140,7 +140,7 @@ class Reader(Messenger):
                 device = next((value.device for value in self.values.values()), None)
                 msg["value"], msg["done"] = rows.to(device), True
         elif msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
+            msg["value"], msg["done"] = self.values[msg["name"]].to(_dtype(msg["fn"])), True
         elif not msg["is_observed"] and msg["value"] is None:
             self.missing.add(msg["name"])
         elif self.resample and is_observation(msg):
@@ -160,6 +160,13 @@ class Reader(Messenger):
             {frame.name: (int(frame.size), int(frame.full_size or frame.size)) for frame in frames},
             _laws(fn),
         )
+
+
+def _dtype(fn: Any) -> torch.dtype | None:
+    """Precision of the law's draws: Pyro's runner stores all sites in the highest of theirs."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return next((v.dtype for v in vars(fn).values() if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
 def _laws(fn: Any) -> frozenset[str]:

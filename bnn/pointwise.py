@@ -215,7 +215,7 @@ class _Meter(TorchFunctionMode):
 
 
 class _FreshNoise(TorchFunctionMode):
-    """Replaces in-place noise on a new tensor, which cannot differ between vectorized draws, by a new tensor of noise."""
+    """Replaces in-place noise on a new tensor, which vectorized draws would have to share, by a new tensor of noise."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_) and len(args) == 1 and not kwargs:

@@ -229,7 +229,8 @@ def _out_of_place(graph_module: GraphModule) -> None:
             result = graph_module.graph.call_function(target, node.args, node.kwargs)
         result.meta = dict(node.meta)
         for other in names:
-            other.replace_all_uses_with(result, lambda user, node=node: order.get(user, -1) > order[node])
+            later = [user for user in other.users if order.get(user, -1) > order[node]]
+            other.replace_all_uses_with(result, later.__contains__)
         _replace(graph_module, node, result)
 
 

@@ -56,11 +56,15 @@ def effective_draws(values: np.ndarray) -> float:
 def measure(sample_stats: Mapping[str, Any], name: str, dim: int, level: float = 0.99) -> MeasuredTemperature:
     """Mean of the statistic ``name`` with its error and the region expected at the temperature asked for.
 
+    Chains that diverged are left out, unless all did.
+
     :param sample_stats: statistics ``(chains, draws)``; must hold ``name`` and ``temperature``.
     :param name: ``"kinetic_temperature"`` or ``"configurational_temperature"``.
     :param dim: number of coordinates d.
     """
     values = np.asarray(sample_stats[name], dtype=float)
+    whole = ~np.asarray(sample_stats.get("diverging", np.zeros_like(values)), dtype=bool).any(-1)
+    values = values[whole] if whole.any() else values
     asked = float(np.mean(np.asarray(sample_stats["temperature"], dtype=float)))
     draws = effective_draws(values)
     error = float(values.std() / np.sqrt(draws))

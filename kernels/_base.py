@@ -55,7 +55,7 @@ class StochasticGradientKernel(MCMCKernel):
             raise ValueError(f"model is {type(model).__name__}; give a Pyro model, a callable.")
         check_setting("step_size", step_size, strict=not isinstance(step_size, Schedule))
         check_setting("temperature", temperature)
-        if not isinstance(steps_per_sample, int) or steps_per_sample < 1:
+        if not isinstance(steps_per_sample, int) or isinstance(steps_per_sample, bool) or steps_per_sample < 1:
             raise ValueError(f"steps_per_sample is {steps_per_sample!r}; give a whole number of at least 1.")
         check_tier(compile)
         strategy_of(init_strategy)
@@ -260,7 +260,13 @@ class StochasticGradientKernel(MCMCKernel):
                     )
                 result[place] = number.reshape(-1) if number.dim() else number
         else:
-            result = torch.as_tensor(value, dtype=torch.float64)
+            try:
+                result = torch.as_tensor(value, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(
+                    f"{name} is {value!r}; give a number, a dict of numbers per site, or a vector of {potential.dim} "
+                    "values."
+                ) from None
             if result.dim() and result.shape != (potential.dim,):
                 raise ValueError(
                     f"{name} has shape {tuple(result.shape)}; give a number, a dict of numbers per site, or a vector "

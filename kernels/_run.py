@@ -116,7 +116,8 @@ class Run:
             for name in ("kinetic_temperature", "configurational_temperature"):
                 if name in self.stat_names and len(table):
                     row = self.stat_names.index(name)
-                    entry[name.replace("_", " ")] = float(table[:, chain, row].double().mean())
+                    kept = table[: diverging[0] if diverging else None, chain, row]
+                    entry[name.replace("_", " ")] = float(kept.double().mean())
             result.append(entry)
         return result
 
@@ -252,16 +253,25 @@ class Run:
 
     # ---- chains that leave the finite numbers
 
+    def _site_of(self, chain: int) -> str:
+        """Where a chain left the finite numbers: the first such site or, with a position still finite, the largest."""
+        for part in self.state:
+            if part.shape[-1] and (name := self.potential.site_at(part[chain : chain + 1])):
+                return f"site {name!r}"
+        place = int(self.state[0][chain].abs().argmax())
+        name = next(n for n, s in self.potential.sites.items() if s.slice.start <= place < s.slice.stop)
+        return f"site {name!r} (of largest values, up to {self.state[0][chain, place].item():.3g})"
+
     def stop_chains(self, before: Any, last: Tensor | None, stats: Tensor) -> Tensor:
         """Put chains that are not finite back to ``before``, for good, and say so."""
         bad = ~torch.isfinite(stats).all(-1) | ~torch.isfinite(self.state[0]).all(-1)
         for chain in (bad & ~self.stopped).nonzero().flatten().tolist():
             self.stopped_at[chain] = self.draws
-            site = self.potential.site_at(self.state[0][chain : chain + 1]) or "the energy"
+            site = self._site_of(chain)
             step_size = value_at(self.kernel.step_size, max(self.step - 1, 0))
             kept = max(self.draws - self.warmup_steps, 0)
             warnings.warn(
-                f"chain {chain} left the finite numbers by step {self.step}, first at {site!r}, and was stopped. Its "
+                f"chain {chain} left the finite numbers by step {self.step} at {site}, and was stopped. Its "
                 f"{kept} draws so far are kept; those after repeat its last finite state and are marked diverging. "
                 f"Use a smaller step_size (it was {step_size:.3g}), or standardise the data.",
                 RuntimeWarning,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 
 
 class Schedule(ABC):
@@ -114,7 +115,7 @@ def check_setting(name: str, setting: float | Schedule, *, minimum: float = 0.0,
     :raises ValueError: if it is not a finite number above ``minimum`` (``strict``: not equal to it either).
     """
     wanted = f"a finite number {'>' if strict else '>='} {minimum:g}, or a Schedule of such"
-    if not isinstance(setting, (int, float, Schedule)) or isinstance(setting, bool):
+    if not isinstance(setting, (Real, Schedule)) or isinstance(setting, bool):
         raise ValueError(f"{name} is {setting!r}; give {wanted}.")
     value = value_at(setting, 0)
     if not math.isfinite(value) or value < minimum or (strict and value == minimum):

@@ -166,7 +166,8 @@ class SGHMC(StochasticGradientKernel):
             raise ValueError(
                 f"integrator {integrator!r} is unknown: choose one of {', '.join(map(repr, _INTEGRATORS))}."
             )
-        if momentum_resampling is not None and (not isinstance(momentum_resampling, int) or momentum_resampling < 1):
+        every = momentum_resampling
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ValueError(f"momentum_resampling is {momentum_resampling!r}; give a number of steps >= 1, or None.")
         self.friction, self.mass, self.integrator = friction, mass, integrator
         self.gradient_noise, self.momentum_resampling = gradient_noise, momentum_resampling
@@ -205,8 +206,8 @@ class SGHMC(StochasticGradientKernel):
             variance = mass * temperature * (1.0 - decay**2) - share * decay**2 * gradient_variance
         if (variance < 0).any():
             raise ValueError(
-                f"gradient_noise asks to remove more noise (h²V up to {gradient_variance.max().item():.3g}) than the friction "
-                f"of {friction:.3g} injects in a step of {h:.3g}: raise friction, or lower step_size or gradient_noise."
+                f"gradient_noise asks to remove more noise (h²V up to {gradient_variance.max().item():.3g}) than the "
+                f"friction of {friction:.3g} injects in a step of {h:.3g}: raise friction, or lower step_size or gradient_noise."
             )
         return torch.tensor(h, dtype=torch.float64), h / mass, decay, torch.sqrt(variance), 1.0 / mass
 

@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--keep-heap", action="store_true", help="keep glibc from returning freed memory, for everyone")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file, too")
     options = parser.parse_args()
-    options.rounds, options.chunk = (3, 0.02) if options.quick else (15, 0.2)
+    options.rounds, options.chunk = (3, 0.02) if options.quick else (11, 0.15)
     if options.jax and not (importlib.util.find_spec("jax") and importlib.util.find_spec("blackjax")):
         print("jax or blackjax is not installed: that row is left out.", file=sys.stderr)
         options.jax = False

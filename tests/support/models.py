@@ -59,8 +59,8 @@ def pyro_module_mlp_full() -> Built:
 
 def functional_mlp() -> Built:
     def model(x: Tensor, y: Tensor) -> None:
-        hidden_weight = pyro.sample("hidden.weight", normal_prior(5, 3))
-        hidden_bias = pyro.sample("hidden.bias", normal_prior(5))
+        hidden_weight = pyro.sample("hidden.weight", dist.Normal(torch.full((5, 3), 0.2), 1.5).to_event(2))
+        hidden_bias = pyro.sample("hidden.bias", dist.Normal(torch.full((5,), 0.2), 1.5).to_event(1))
         out_weight = pyro.sample("out.weight", normal_prior(1, 5))
         out_bias = pyro.sample("out.bias", normal_prior(1))
         sigma = pyro.sample("sigma", dist.HalfNormal(1.0))

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+
+from bnn.kernels import SGHMC, SGLD
 from support import laws, targets
 from support.cases import LAWS, Law
 from support.checks import assert_covariance
 from support.laws import Setting
-
-from bnn.kernels import SGHMC, SGLD
 
 N = 131_072
 LAW_OF = {law.name: law for law in LAWS}

@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
+from bnn.kernels import SGHMC, SGLD, PolynomialDecay
 from support import laws, targets
 from support.cases import LAWS, MOMENTUM_LAWS, Law
 from support.checks import assert_covariance, assert_mean, assert_variance
 from support.laws import Setting
-
-from bnn.kernels import SGHMC, SGLD, PolynomialDecay
 
 N = 131_072  # independent coordinates or chains: a standard error of 0.4 % in a variance
 STEPS = [0.1, 0.5]

@@ -13,13 +13,13 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import InitMessenger
-from support.checks import assert_mean, assert_variance
-from support.models import MODELS, Row, data
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnn import pointwise
 from bnn.structure import draw_or_feasible, is_observation, is_plate
+from support.checks import assert_mean, assert_variance
+from support.models import MODELS, Row, data
 
 ALL = {"observed_data": True, "constant_data": True, "log_likelihood": True, "posterior_predictive": True}
 SERVED = [row for row in MODELS if not row.is_random and row.name not in ("batch_norm_training", "prior_only")]

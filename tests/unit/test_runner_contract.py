@@ -13,10 +13,10 @@ import pytest
 import torch
 from pyro.infer import MCMC as PyroMCMC
 from pyro.infer.mcmc import StreamingMCMC
-from support import targets
-from support.cases import KERNELS, KernelCase
 
 from bnn.kernels import MCMC
+from support import targets
+from support.cases import KERNELS
 
 DATA = targets.regression_data()
 

@@ -5,9 +5,9 @@ import math
 import pyro
 import pytest
 import torch
-from support import targets
 
 from bnn.kernels import MCMC, SGHMC, SGLD, learning_rate_and_momentum, step_size_and_friction
+from support import targets
 
 INTEGRATORS = ["bbaoa", "symplectic_euler", "baoab", "obabo"]
 LEARNING_RATE, DECAY = 0.5, 0.8

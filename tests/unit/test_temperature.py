@@ -1,0 +1,113 @@
+"""The temperature that a run asked for, beside the one that it had."""
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from scipy import stats
+
+from bnn.kernels import MCMC, SGHMC
+from bnn.temperature import describe_temperatures, effective_draws, kinetic_region, measure
+from support import targets
+from support.cases import KERNELS
+from support.checks import ALPHA
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize(("dim", "draws"), [(1, 4), (10, 30), (1000, 5)])
+def test_kinetic_region_has_its_level(dim, draws, temperature):
+    """Of 20,000 runs of independent momenta N(0, T), one percent lies outside the 99 % region."""
+    generator = np.random.default_rng(1)
+    means = temperature * generator.chisquare(dim * draws, 20_000) / (dim * draws)
+    low, high = kinetic_region(temperature, dim, draws)
+    for outside in ((means < low).sum(), (means > high).sum()):
+        assert stats.binomtest(int(outside), 20_000, 0.005).pvalue > ALPHA
+
+
+def test_kinetic_region_scales():
+    low, high = kinetic_region(1.0, 50, 4)
+    assert kinetic_region(0.3, 50, 4) == pytest.approx((0.3 * low, 0.3 * high))
+    assert kinetic_region(1.0, 10, 20) == pytest.approx((low, high))
+    wide = kinetic_region(1.0, 50, 4, level=0.9999)
+    assert wide[0] < low < 1 < high < wide[1]
+    assert kinetic_region(0.0, 50, 4) == (0.0, 0.0)
+
+
+def test_false_alarms_of_a_run():
+    """400 runs of an exactly sampled Gaussian, each with its own effective number of draws: near 1 % outside.
+
+    The number of alarms is compared with the 1 % of the region and the estimator's own error in it: at most 5 %.
+    """
+    generator = np.random.default_rng(2)
+    alarms = {"kinetic_temperature": 0, "configurational_temperature": 0}
+    for _ in range(400):
+        chains = np.zeros((2, 150, 20))
+        chains[:, 0] = generator.standard_normal((2, 20))
+        for step in range(1, 150):  # momenta that forget at a rate of 0.3 a draw
+            chains[:, step] = 0.7 * chains[:, step - 1] + np.sqrt(1 - 0.49) * generator.standard_normal((2, 20))
+        temperature = np.mean(chains**2, -1)
+        for name in alarms:
+            m = measure({name: temperature, "temperature": np.ones((2, 150))}, name, dim=20)
+            alarms[name] += not m.low <= m.mean <= m.high
+    assert all(count <= 20 for count in alarms.values()), alarms
+
+
+def test_effective_draws():
+    generator = np.random.default_rng(3)
+    independent = generator.standard_normal((4, 500))
+    assert effective_draws(independent) == pytest.approx(2000, rel=0.25)
+    slow = np.repeat(independent[:, :50], 10, axis=1)
+    assert effective_draws(slow) < 500
+    assert effective_draws(np.ones((3, 10))) == 3.0
+    assert effective_draws(independent[:, :2]) == 4.0
+
+
+def test_chains_that_diverged_do_not_count():
+    values = np.array([[1.0, 1.1, 0.9, 1.0], [2.0, 1e30, 1e30, 1e30]])
+    diverging = np.array([[False] * 4, [False, True, True, True]])
+    given = {"kinetic_temperature": values, "temperature": np.ones((2, 4)), "diverging": diverging}
+    assert measure(given, "kinetic_temperature", dim=10).mean == pytest.approx(1.0)
+    assert measure({**given, "diverging": np.ones_like(diverging)}, "kinetic_temperature", dim=10).mean > 1e29
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+def test_measured_temperatures_of_a_run(temperature):
+    """A Gaussian of 200 coordinates: both temperatures in their region (99 %, one seed), neither at another's."""
+    pyro.set_rng_seed(1)
+    kernel = SGHMC(
+        targets.gaussian, step_size=0.2, friction=2.0, temperature=temperature, steps_per_sample=5, compile="fx"
+    )
+    mcmc = MCMC(kernel, 100, 40, num_chains=4, disable_progbar=True)
+    mcmc.run(torch.ones(200, dtype=torch.float64))
+    given = {name: value.numpy() for name, value in mcmc.sample_stats.items()}
+    for name in ("kinetic_temperature", "configurational_temperature"):
+        m = measure(given, name, dim=200)
+        assert m.low < m.mean < m.high
+        assert m.mean == pytest.approx(temperature, rel=0.05)
+        assert (m.high - m.low) < 0.1 * temperature
+        wrong = measure({**given, "temperature": 1.2 * given["temperature"]}, name, dim=200)
+        assert not wrong.low < wrong.mean < wrong.high
+
+
+@pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
+def test_every_run_tells_both_temperatures(case, capsys):
+    mcmc = MCMC(case.build(targets.regression), 8, 2, num_chains=2, disable_progbar=True)
+    mcmc.run(*targets.regression_data())
+    asked = mcmc.sample_stats["temperature"][0, 0].item()
+    mcmc.summary()
+    text = capsys.readouterr().out
+    assert f"Temperature: asked {asked:.4g}" in text and "configurational" in text
+    assert ("kinetic" in text) == case.has_momentum
+    diagnostics = mcmc.diagnostics()
+    assert diagnostics["temperature asked"] == {"chain 0": asked, "chain 1": asked}
+    means = mcmc.sample_stats["configurational_temperature"].double().mean(1).tolist()
+    assert list(diagnostics["configurational temperature"].values()) == pytest.approx(means)
+
+
+def test_description():
+    given = {"temperature": np.full((2, 10), 0.5), "kinetic_temperature": np.full((2, 10), 0.4)}
+    text = describe_temperatures(given, dim=1000)
+    low, high = kinetic_region(0.5, 1000, 2)  # statistics that never change count as one draw a chain
+    assert text.startswith("Temperature: asked 0.5; kinetic 0.4 +- ")
+    assert f"(99 % region [{low:.4g}, {high:.4g}])" in text
+    assert "configurational" not in text

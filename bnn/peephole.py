@@ -46,7 +46,8 @@ def peephole(graph_module: GraphModule) -> None:
 def expand_small_products(graph_module: GraphModule, largest: int = 20_000) -> None:
     """Write small matrix products as sums of products, which a compiler fuses with their neighbours.
 
-    A call of the processor's matrix library costs a few microseconds; below ``largest`` multiplications the compiled loop is faster. For the compiled tier on a CPU only.
+    A call of the processor's matrix library costs a few microseconds; below ``largest`` multiplications the compiled
+    loop is faster. For the compiled tier on a CPU only.
     """
     graph = graph_module.graph
     for node in list(graph.nodes):
@@ -263,12 +264,12 @@ def _fuse_multiply_add(graph_module: GraphModule) -> None:
             if sign == -1 or not _is_single_product(total):
                 continue
             total, product = product, total
-        factors = product.args  # type: ignore[union-attr]
+        factors = product.args
         operands = (total, *factors)
         if not all(isinstance(o, Node) and shape_of(o) is not None for o in operands):
             continue
         result = node.meta["val"]
-        if {o.meta["val"].dtype for o in operands} != {result.dtype} or not result.is_floating_point():  # type: ignore[union-attr]
+        if {o.meta["val"].dtype for o in operands} != {result.dtype} or not result.is_floating_point():
             continue
         constant = _scalar(graph_module, factors[1])
         if sign == -1 and constant is not None:
@@ -278,7 +279,7 @@ def _fuse_multiply_add(graph_module: GraphModule) -> None:
             fused = graph_module.graph.call_function(aten.addcmul.default, operands, {} if sign == 1 else {"value": -1})
         fused.meta = dict(node.meta)
         _replace(graph_module, node, fused)
-        graph_module.graph.erase_node(product)  # type: ignore[arg-type]
+        graph_module.graph.erase_node(product)
 
 
 def _is_single_product(node: Any) -> bool:

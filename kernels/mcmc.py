@@ -70,6 +70,10 @@ class MCMC(PyroMCMC):
     torch.Size([4, 100])
     """
 
+    sampler: Any  # Pyro leaves these without a type
+    _samples: Any
+    _diagnostics: Any
+
     def __init__(
         self,
         kernel: Any,
@@ -269,9 +273,8 @@ class MCMC(PyroMCMC):
         Sites of more than 2,000 numbers are left out: for weights of a net, ask for them on predictions.
         """
         self._check_run()
-        small = {n: v for n, v in self._samples.items() if v[0, 0].numel() <= LARGEST_DIAGNOSED_SITE}
-        enough = small and self.num_samples >= 4
-        result = dict(site_diagnostics(small)) if enough else {}
+        small = self._small_sites()
+        result = dict(site_diagnostics(small)) if small else {}
         for name in self._diagnostics[0] or {}:
             result[name] = {f"chain {i}": entry[name] for i, entry in enumerate(self._diagnostics)}
         return result
@@ -279,8 +282,8 @@ class MCMC(PyroMCMC):
     def summary(self, prob: float = 0.9) -> None:
         """Print Pyro's table of sites, then the temperature asked for and measured, and divergences."""
         self._check_run()
-        small = {n: v for n, v in self._samples.items() if v[0, 0].numel() <= LARGEST_DIAGNOSED_SITE}
-        if small and self.num_samples >= 4:
+        small = self._small_sites()
+        if small:
             print_summary(small, prob=prob)
         for name in sorted(set(self._samples) - set(small)):
             print(f"{name}: {self._samples[name][0, 0].numel()} numbers, not listed")
@@ -297,6 +300,12 @@ class MCMC(PyroMCMC):
         if not self.sample_stats:
             raise RuntimeError("there are no statistics to measure a temperature by: the kernel is not one of bnn's.")
         return describe_temperatures({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim)
+
+    def _small_sites(self) -> dict[str, Tensor]:
+        """Draws of the sites whose effective sample sizes are worth their cost, none for fewer than four draws."""
+        if self.num_samples < 4:
+            return {}
+        return {n: v for n, v in self._samples.items() if v[0, 0].numel() <= LARGEST_DIAGNOSED_SITE}
 
     def _check_run(self) -> None:
         if self._samples is None:

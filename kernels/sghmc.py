@@ -207,7 +207,8 @@ class SGHMC(StochasticGradientKernel):
         if (variance < 0).any():
             raise ValueError(
                 f"gradient_noise asks to remove more noise (h²V up to {gradient_variance.max().item():.3g}) than the "
-                f"friction of {friction:.3g} injects in a step of {h:.3g}: raise friction, or lower step_size or gradient_noise."
+                f"friction of {friction:.3g} injects in a step of {h:.3g}: raise friction, or lower step_size or "
+                "gradient_noise."
             )
         return torch.tensor(h, dtype=torch.float64), h / mass, decay, torch.sqrt(variance), 1.0 / mass
 

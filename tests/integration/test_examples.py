@@ -39,7 +39,7 @@ def test_quick(name, tmp_path):
 def test_quickstart_prints_the_comparison(tmp_path):
     done = run("quickstart.py", "--quick", "--seed", "3", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    for words in ("MAP net:   test RMSE", "posterior: test RMSE", "test accuracy", "R-hat", "ESS", "asked 1", "kinetic"):
+    for words in ("MAP net:   test RMSE", "posterior: test RMSE", "accuracy", "R-hat", "ESS", "asked 1", "kinetic"):
         assert words in done.stdout
     idata = az.from_netcdf(tmp_path / "quickstart.nc")
     assert idata.posterior.sizes["chain"] == 8

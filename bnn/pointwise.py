@@ -218,9 +218,12 @@ class _FreshNoise(TorchFunctionMode):
     """Replaces in-place noise on a new tensor, which vectorized draws would have to share, by a new tensor of noise."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_) and len(args) == 1 and not kwargs:
+        if func in (Tensor.normal_, Tensor.uniform_) and not kwargs:
+            like: Tensor = args[0]
+            first, second = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
             draw = torch.randn if func is Tensor.normal_ else torch.rand
-            return draw(args[0].shape, dtype=args[0].dtype, device=args[0].device)
+            noise = draw(like.shape, dtype=like.dtype, device=like.device)
+            return first + noise * (second if func is Tensor.normal_ else second - first)
         return func(*args, **(kwargs or {}))
 
 

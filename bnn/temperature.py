@@ -35,7 +35,7 @@ def kinetic_region(temperature: float, dim: int, draws: float, level: float = 0.
 
     >>> low, high = kinetic_region(1.0, dim=100, draws=10)
     >>> round(low, 3), round(high, 3)
-    (0.888, 1.118)
+    (0.889, 1.119)
     """
     freedom = max(dim * draws, 1e-12)
     tail = (1.0 - level) / 2.0

@@ -32,8 +32,13 @@ def _sghmc(name: str, draws_noise_per_step: int = 1, cycles: bool = False, **set
 
 KERNELS = [
     KernelCase("sgld", SGLD, {"step_size": 2e-4}, False),
-    KernelCase("sgld_preconditioned", SGLD, {"step_size": 2e-4, "preconditioner": {"weight": 0.5}}, False),
-    KernelCase("sgld_cycles", SGLD, {"step_size": CosineCycles(4e-4, cycle_length=5)}, False, cycles=True),
+    KernelCase(
+        "sgld_cycles",
+        SGLD,
+        {"step_size": CosineCycles(4e-4, cycle_length=5), "preconditioner": {"weight": 0.5}},
+        False,
+        cycles=True,
+    ),
     _sghmc("sghmc_bbaoa"),
     _sghmc("sghmc_symplectic_euler", integrator="symplectic_euler"),
     _sghmc("sghmc_baoab", integrator="baoab"),

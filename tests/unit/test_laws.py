@@ -239,7 +239,7 @@ def test_virial_and_equipartition_off_the_gaussian(temperature):
     position, momentum = moments(kernel).T
     assert_mean("z ∇U", position**4, temperature, 4 * temperature**2)
     assert_variance("momentum", momentum, temperature)
-    stats = dict(zip(kernel.stat_names, kernel._running.last_stats[0].tolist(), strict=True))
+    stats = dict(zip(kernel._running.stat_names, kernel._running.last_stats[0].tolist(), strict=True))
     assert stats["kinetic_temperature"] == pytest.approx(temperature, rel=0.03)
     assert stats["configurational_temperature"] == pytest.approx(temperature, rel=0.03)
 

@@ -86,18 +86,24 @@ def test_log_likelihood_equals_the_handlers(row: Row) -> None:
         assert not torch.equal(predicted[0], observed)
 
 
-@pytest.mark.parametrize("row", SERVED, ids=lambda row: row.name)
-def test_draws_are_vectorized_wherever_vmap_can(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
-    looped = ("batch_norm_training", "control_flow", "item_of_latent", "custom_function", "conv_net")
-    model, args, kwargs = row.build()
-    runs: list[bool] = []
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry per run of the model."""
+    result: list[bool] = []
     read = pointwise.read
 
     def counted(*given: Any) -> Any:
-        runs.append(True)
+        result.append(True)
         return read(*given)
 
     monkeypatch.setattr(pointwise, "read", counted)
+    return result
+
+
+@pytest.mark.parametrize("row", SERVED, ids=lambda row: row.name)
+def test_draws_are_vectorized_wherever_vmap_can(row: Row, runs: list[bool]) -> None:
+    looped = ("batch_norm_training", "control_flow", "item_of_latent", "custom_function", "conv_net")
+    model, args, kwargs = row.build()
     draws = prior_draws(model, args, kwargs, 100)
     pointwise.evaluate(model, args, kwargs, draws, {"log_likelihood": True})
     assert (len(runs) >= 100) == (row.name in looped), len(runs)
@@ -204,7 +210,7 @@ NOISES = {
 
 
 @pytest.mark.parametrize("name", NOISES)
-def test_predictions_of_any_law_differ_by_draw_and_row(name: str) -> None:
+def test_predictions_of_any_law_differ_by_draw_and_row(name: str, runs: list[bool]) -> None:
     law, one = NOISES[name]
 
     def model(y: Tensor) -> None:
@@ -216,6 +222,7 @@ def test_predictions_of_any_law_differ_by_draw_and_row(name: str) -> None:
     values = pointwise.evaluate(model, (y,), {}, {"z": torch.zeros(250)}, {"posterior_predictive": True}).values
     predicted = values["posterior_predictive"]["obs"].double()
     assert predicted.shape == (250, *y.shape)
+    assert (len(runs) >= 250) == (name in ("Binomial", "NegativeBinomial", "Dirichlet")), len(runs)
     assert len(predicted.unique(dim=0)) == 250
     assert len(predicted.unique(dim=1).unbind(1)) == 40
     law_at_zero = law(torch.tensor(0.0))

@@ -220,7 +220,8 @@ class _FreshNoise(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.normal_, Tensor.uniform_) and not kwargs:
             like: Tensor = args[0]
-            first, second = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
+            first = args[1] if len(args) > 1 else 0.0
+            second = args[2] if len(args) > 2 else 1.0
             draw = torch.randn if func is Tensor.normal_ else torch.rand
             noise = draw(like.shape, dtype=like.dtype, device=like.device)
             return first + noise * (second if func is Tensor.normal_ else second - first)

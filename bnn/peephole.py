@@ -8,6 +8,7 @@ than the arithmetic of a small net. Every rewrite keeps the value up to rounding
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -16,7 +17,20 @@ from torch.fx import Graph, GraphModule, Node
 aten = torch.ops.aten
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.reshape.default)
+_HOISTED = {
+    operator.getitem,
+    aten.split_with_sizes.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+}
 _ADDS = (aten.add.Tensor, aten.sub.Tensor)
+# Inputs up to this size are copied so that their views need not be made anew.
+LARGEST_COPIED = 1 << 16
+
 _ARITHMETIC = {
     aten.mul.Scalar: aten.mul.Tensor,
     aten.div.Scalar: aten.div.Tensor,
@@ -37,6 +51,7 @@ def peephole(graph_module: GraphModule) -> None:
         graph_module.graph.eliminate_dead_code()
         if len(graph_module.graph.nodes) == before:
             break
+    _cheaper_calls(graph_module)
     _fuse_multiply_add(graph_module)
     _gather_rows(graph_module)
     graph_module.graph.eliminate_dead_code()
@@ -284,6 +299,54 @@ def _fuse_multiply_add(graph_module: GraphModule) -> None:
 
 def _is_single_product(node: Any) -> bool:
     return isinstance(node, Node) and node.target is aten.mul.Tensor and len(node.users) == 1
+
+
+def _cheaper_calls(graph_module: GraphModule) -> None:
+    """Squares, outer products and column sums by the operation that starts fastest."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        shapes = [shape_of(argument) for argument in node.args] if node.op == "call_function" else []
+        if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2 and node.meta["val"].is_floating_point():
+            node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
+        elif node.target is aten.mm.default and (shapes[0] or (0, 0))[1] == 1:
+            node.target = aten.mul.Tensor
+        elif node.target is aten.sum.dim_IntList and node.args[1:] == ([0], True) and len(shapes[0] or ()) == 2:
+            value = node.meta["val"]
+            if value.is_floating_point() and not node.kwargs:
+                ones = torch.ones(1, (shapes[0] or (0,))[0], dtype=value.dtype, device=value.device)
+                node.target, node.args = aten.mm.default, (constant_node(graph_module, node, ones), node.args[0])
+
+
+def hoist_views(graph_module: GraphModule) -> list[tuple[int, torch.Tensor]]:
+    """Take the views of an input out of the program: they are made once, of a buffer that the input is copied into.
+
+    A flat position is split and reshaped into a net's weights at every step, which costs as much as its layers; one
+    small copy is cheaper.
+
+    :returns: the inputs' numbers and their buffers, to be filled before each call.
+    """
+    hoisted = []
+    outputs = next(node for node in graph_module.graph.nodes if node.op == "output").all_input_nodes
+    for number, root in enumerate([node for node in graph_module.graph.nodes if node.op == "placeholder"]):
+        value = root.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.numel() > LARGEST_COPIED or not value.is_contiguous():
+            continue
+        buffer = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        views: dict[Node, Any] = {root: buffer}
+        for node in graph_module.graph.nodes:
+            if node.op == "call_function" and node.target in _HOISTED and node.args[0] in views:
+                views[node] = node.target(views[node.args[0]], *node.args[1:], **node.kwargs)
+        del views[root]
+        if len(views) < 4 or any(node in views for node in outputs):
+            continue
+        for node, view in views.items():
+            if isinstance(view, torch.Tensor) and any(user not in views for user in node.users):
+                constant = constant_node(graph_module, node, view)
+                node.replace_all_uses_with(constant, lambda user: user not in views)  # noqa: B023
+        hoisted.append((number, buffer))
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return hoisted
 
 
 def _gather_rows(graph_module: GraphModule) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bnn.peephole import constant_node, expand_small_products, is_random, peephole, shape_of
+from bnn.peephole import constant_node, expand_small_products, hoist_views, is_random, peephole, shape_of
 
 aten = torch.ops.aten
 
@@ -65,6 +65,9 @@ _BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.expand.default: torch.Tensor.expand,
     aten.cat.default: torch.cat,
     aten.select.int: torch.select,
+    aten.stack.default: torch.stack,
+    aten.permute.default: torch.permute,
+    aten.linalg_vector_norm.default: torch.linalg.vector_norm,
     aten.split_with_sizes.default: torch.split_with_sizes,
     aten.convolution.default: torch.convolution,
     aten.where.self: torch.where,
@@ -151,10 +154,20 @@ def has_convolution(graph_module: GraphModule) -> bool:
 
 def run_fx(graph_module: GraphModule) -> Callable[..., tuple[torch.Tensor, ...]]:
     """The program as generated Python, after the peephole pass."""
-    graph_module = copy.deepcopy(graph_module)
+    graph_module = _copy(graph_module)
     peephole(graph_module)
+    hoisted = hoist_views(graph_module)
     _use_bindings(graph_module)
-    return _without_grad(_lift_constants(graph_module))
+    lifted = _lift_constants(graph_module)
+    if not hoisted:
+        return _without_grad(lifted)
+
+    def call(*inputs: torch.Tensor) -> Any:
+        for number, buffer in hoisted:
+            buffer.copy_(inputs[number])
+        return lifted(*inputs)
+
+    return _without_grad(call)
 
 
 def run_inductor(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -164,7 +177,7 @@ def run_inductor(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> C
     """
     from torch._inductor import compile as compile_graph
 
-    graph_module = copy.deepcopy(graph_module)
+    graph_module = _copy(graph_module)
     if inputs[0].device.type == "cpu":
         expand_small_products(graph_module)
     lifted = _lift_constants(graph_module)
@@ -178,6 +191,11 @@ def run_inductor(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> C
     except Exception as error:
         raise RuntimeError(f"inductor could not compile the recorded program: {error}") from error
     return program
+
+
+def _copy(graph_module: GraphModule) -> GraphModule:
+    """A graph to rewrite, on the same constants: the data set is one of them."""
+    return GraphModule(graph_module, copy.deepcopy(graph_module.graph))
 
 
 class _Lifted:

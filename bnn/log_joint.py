@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from bnn.recording import outputs_depend_on_inputs, record, unvalidated_distributions
-from bnn.structure import Site, Structure, base_of, is_observation, is_plate
+from bnn.structure import Site, Structure, base_of, is_plate
 
 
 class LogJoint:
@@ -148,22 +148,6 @@ class LogJoint:
             total = total + log_prob.sum()
         return torch.as_tensor(total)
 
-    def pointwise(
-        self, position: Tensor, rows: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        """Unscaled log density of each observation: site name -> tensor of the site's batch shape."""
-        terms = _Terms(self.values(position)[0], rows)
-        self._run(terms, args, kwargs)
-        return {term.name: scale_and_mask(term.log_prob, 1.0, term.mask) for term in terms.terms if term.is_observation}
-
-    def predict(
-        self, position: Tensor, rows: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        """A draw of each observed site given one position."""
-        terms = _Terms(self.values(position)[0], rows, resample=True)
-        self._run(terms, args, kwargs)
-        return {term.name: term.value for term in terms.terms if term.is_observation}
-
     def _run(self, terms: _Terms, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         with poutine.block(), terms:
             self.model(*args, **kwargs)
@@ -205,24 +189,16 @@ class _Term:
     unsubsampled_scale: Any
     mask: Any
     plates: dict[str, Any]
-    is_observation: bool
-    value: Any
-    frames: tuple[Any, ...] = ()
 
 
 class _Terms(Messenger):
     """Substitutes values and minibatch rows, and collects each site's log density."""
 
     def __init__(
-        self,
-        values: Mapping[str, Tensor],
-        rows: Mapping[str, Tensor],
-        *,
-        resample: bool = False,
-        skip: frozenset[str] = frozenset(),
+        self, values: Mapping[str, Tensor], rows: Mapping[str, Tensor], *, skip: frozenset[str] = frozenset()
     ) -> None:
         super().__init__()
-        self.values, self.rows, self.resample, self.skip = values, rows, resample, skip
+        self.values, self.rows, self.skip = values, rows, skip
         self.terms: list[_Term] = []
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -231,8 +207,6 @@ class _Terms(Messenger):
                 msg["value"], msg["done"] = self.rows[msg["name"]], True
         elif not msg["is_observed"] and msg["name"] in self.values:
             msg["value"], msg["done"] = self.values[msg["name"]], True
-        elif self.resample and is_observation(msg):
-            msg["value"], msg["done"] = msg["fn"](), True
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if is_plate(msg) or msg["name"] in self.skip:
@@ -244,20 +218,7 @@ class _Terms(Messenger):
                 plates[frame.name] = frame
                 unsubsampled = unsubsampled * frame.size / frame.full_size
         log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-        self.terms.append(
-            _Term(
-                msg["name"],
-                msg["fn"],
-                log_prob,
-                scale,
-                unsubsampled,
-                msg["mask"],
-                plates,
-                is_observation(msg),
-                msg["value"],
-                msg["cond_indep_stack"],
-            )
-        )
+        self.terms.append(_Term(msg["name"], msg["fn"], log_prob, scale, unsubsampled, msg["mask"], plates))
 
 
 def is_subsampled(frame: Any) -> bool:

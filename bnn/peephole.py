@@ -90,6 +90,36 @@ def expand_small_products(graph_module: GraphModule, largest: int = 20_000) -> N
     graph_module.recompile()
 
 
+def turn_narrow_products(graph_module: GraphModule, narrow: int = 16) -> None:
+    """Compute batched products of few columns as the transpose of products of few rows.
+
+    The gradient of a thin weight for many chains, ``dᵀ x`` with a handful of inputs, runs three times slower in the
+    processor's matrix library than ``(xᵀ d)ᵀ`` with its copy.
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not aten.bmm.default:
+            continue
+        rows, columns = (shape_of(node) or (0, 0, 0))[1:]
+        if not 1 < columns < min(narrow, rows):
+            continue
+        with graph.inserting_before(node):
+            left, right = (_transposed(graph, factor) for factor in node.args)
+            product = graph.call_function(aten.bmm.default, (right, left))
+            product.meta["val"] = node.meta["val"].mT
+            result = graph.call_function(aten.clone.default, (_transposed(graph, product),))
+            result.kwargs = {"memory_format": torch.contiguous_format}
+        result.meta = dict(node.meta)
+        _replace(graph_module, node, result)
+    graph_module.recompile()
+
+
+def _transposed(graph: Graph, node: Any) -> Node:
+    result = graph.call_function(aten.transpose.int, (node, 1, 2))
+    result.meta["val"] = node.meta["val"].mT
+    return result
+
+
 def is_random(node: Node) -> bool:
     """Whether the node draws random numbers."""
     target = node.target
@@ -308,7 +338,7 @@ def _cheaper_calls(graph_module: GraphModule) -> None:
         shapes = [shape_of(argument) for argument in node.args] if node.op == "call_function" else []
         if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2 and node.meta["val"].is_floating_point():
             node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
-        elif node.target is aten.mm.default and (shapes[0] or (0, 0))[1] == 1:
+        elif node.target in (aten.mm.default, aten.bmm.default) and (shapes[0] or (0,))[-1] == 1:
             node.target = aten.mul.Tensor
         elif node.target is aten.sum.dim_IntList and node.args[1:] == ([0], True) and len(shapes[0] or ()) == 2:
             value = node.meta["val"]

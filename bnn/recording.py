@@ -22,7 +22,15 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bnn.peephole import constant_node, expand_small_products, hoist_views, is_random, peephole, shape_of
+from bnn.peephole import (
+    constant_node,
+    expand_small_products,
+    hoist_views,
+    is_random,
+    peephole,
+    shape_of,
+    turn_narrow_products,
+)
 
 aten = torch.ops.aten
 
@@ -155,17 +163,21 @@ def has_convolution(graph_module: GraphModule) -> bool:
 def run_fx(graph_module: GraphModule) -> Callable[..., tuple[torch.Tensor, ...]]:
     """The program as generated Python, after the peephole pass."""
     graph_module = _copy(graph_module)
+    turn_narrow_products(graph_module)
     peephole(graph_module)
     hoisted = hoist_views(graph_module)
     _use_bindings(graph_module)
     lifted = _lift_constants(graph_module)
+    # As defaults of the generated function, constants cost nothing per call.
+    type(graph_module).forward.__defaults__ = tuple(lifted.constants)
+    forward = graph_module.forward
     if not hoisted:
-        return _without_grad(lifted)
+        return _without_grad(forward)
 
     def call(*inputs: torch.Tensor) -> Any:
         for number, buffer in hoisted:
             buffer.copy_(inputs[number])
-        return lifted(*inputs)
+        return forward(*inputs)
 
     return _without_grad(call)
 
@@ -179,6 +191,7 @@ def run_inductor(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> C
 
     graph_module = _copy(graph_module)
     if inputs[0].device.type == "cpu":
+        turn_narrow_products(graph_module)
         expand_small_products(graph_module)
     lifted = _lift_constants(graph_module)
     try:

@@ -1,11 +1,11 @@
 """Markov chain Monte Carlo kernels for Pyro models on minibatches, and the runner that moves many chains at once."""
 
+from bnn.kernels.learning_rate import learning_rate_and_momentum as learning_rate_and_momentum
+from bnn.kernels.learning_rate import step_size_and_friction as step_size_and_friction
 from bnn.kernels.mcmc import MCMC as MCMC
 from bnn.kernels.schedules import Constant as Constant
 from bnn.kernels.schedules import CosineCycles as CosineCycles
 from bnn.kernels.schedules import PolynomialDecay as PolynomialDecay
 from bnn.kernels.schedules import Schedule as Schedule
 from bnn.kernels.sghmc import SGHMC as SGHMC
-from bnn.kernels.sghmc import learning_rate_and_momentum as learning_rate_and_momentum
-from bnn.kernels.sghmc import step_size_and_friction as step_size_and_friction
 from bnn.kernels.sgld import SGLD as SGLD

@@ -37,9 +37,9 @@ def init(position: Tensor) -> SGLDState:
 def update(
     state: SGLDState, energy_and_grad: EnergyAndGrad, noise: Tensor, *, drift: Tensor, noise_scale: Tensor
 ) -> tuple[SGLDState, Evaluation]:
-    """One step: ``z − drift · ∇Û(z) + noise_scale · ξ`` with drift hP and noise scale √(2hTP)."""
+    """One step: ``z + drift · ∇Û(z) + noise_scale · ξ`` with drift −hP and noise scale √(2hTP)."""
     energy, grad = energy_and_grad(state.position)
-    position = state.position - grad * drift + noise * noise_scale
+    position = state.position + grad * drift + noise * noise_scale
     return SGLDState(position), Evaluation(state.position, energy, grad)
 
 
@@ -88,12 +88,12 @@ class SGLD(StochasticGradientKernel):
         return init(position)
 
     def coefficients(self, step: int) -> tuple[Tensor, ...]:
-        """The drift hP and the noise scale √(2hTP)."""
+        """The drift −hP and the noise scale √(2hTP)."""
         h, temperature = value_at(self.step_size, step), value_at(self.temperature, step)
         preconditioner = self.per_coordinate(
             "preconditioner", 1.0 if self.preconditioner is None else self.preconditioner
         )
-        return h * preconditioner, torch.sqrt(2.0 * h * temperature * preconditioner)
+        return -h * preconditioner, torch.sqrt(2.0 * h * temperature * preconditioner)
 
     def update(
         self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bnn.peephole import expand_small_products
+from bnn.peephole import expand_small_products, turn_narrow_products
 from bnn.recording import (
     RecordingError,
     draws_random_numbers,
@@ -137,3 +137,33 @@ def test_distributions_built_with_checks_are_recorded():
     torch.testing.assert_close(run_fx(graph)(z)[0], prior.log_prob(z))
     with pytest.raises(ValueError):  # the checks are back
         prior.log_prob(torch.tensor([float("nan"), 0.0, 0.0]))
+
+
+def test_narrow_batched_products_are_turned():
+    """The result and its memory layout stay: a view of it must still be one."""
+
+    def function(d, x):
+        return (torch.bmm(d.mT, x).view(3, 40),)
+
+    d, x = torch.randn(3, 7, 10, dtype=torch.float64), torch.randn(3, 7, 4, dtype=torch.float64)
+    graph = record(function, [d, x])
+    turn_narrow_products(graph)
+    products = [node for node in graph.graph.nodes if "bmm" in str(node.target)]
+    assert [tuple(node.meta["val"].shape) for node in products] == [(3, 4, 10)]
+    torch.testing.assert_close(graph(d, x), function(d, x))
+    torch.testing.assert_close(run_fx(record(function, [d, x]))(d, x), function(d, x))
+
+
+def test_views_of_the_position_are_of_this_calls_position():
+    """The buffer behind the views is filled at each call, and never returned."""
+
+    def function(z):
+        a, b, c = z.split([3, 4, 5], -1)
+        return z * 2, a.view(3).sum() * b + c.view(5).prod(), b.t()
+
+    program = run_fx(record(function, [torch.randn(1, 12)]))
+    first, second = torch.randn(1, 12), torch.randn(1, 12)
+    kept = program(first)
+    program(second)
+    for got, wanted in zip(kept, function(first), strict=True):
+        torch.testing.assert_close(got, wanted)

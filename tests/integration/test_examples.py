@@ -1,5 +1,6 @@
 """Every example runs by its command line, and writes what it promises."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,17 @@ def test_a_seed_fixes_the_run(tmp_path):
 
     first = scores("a")
     assert first == scores("b") and len(first) >= 8
+
+
+@pytest.mark.slow
+def test_the_readme_example(tmp_path):
+    """README's Python runs as it stands, near the temperature that it asks for."""
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    script = tmp_path / "readme.py"
+    script.write_text("import pyro\npyro.set_rng_seed(0)\n" + code)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kinetic = float(re.search(r"kinetic ([\d.]+)", done.stdout)[1])
+    assert abs(kinetic - 1) < 0.1
+    assert "elpd_loo" in done.stdout

@@ -76,6 +76,29 @@ def measure(sample_stats: Mapping[str, Any], name: str, dim: int, level: float =
     return MeasuredTemperature(float(values.mean()), error, low, high)
 
 
+def wrong_temperature(sample_stats: Mapping[str, Any], dim: int, tolerance: float = 0.2) -> str | None:
+    """What to say of a run whose momenta were not at the temperature asked for; None if they were.
+
+    The kinetic temperature settles within a few times 1/friction, long before the positions do: where it is off by
+    more than ``tolerance``, and by more than chance allows, the draws are not from the law asked for.
+    """
+    if "kinetic_temperature" not in sample_stats:
+        return None
+    asked = float(np.mean(np.asarray(sample_stats["temperature"], dtype=float)))
+    mean = float(np.mean(np.asarray(sample_stats["kinetic_temperature"], dtype=float)))
+    if asked == 0.0 or abs(mean - asked) <= tolerance * asked:  # the usual case needs no effective sample size
+        return None
+    m = measure(sample_stats, "kinetic_temperature", dim, level=0.9999)
+    if m.low <= m.mean <= m.high or abs(m.mean - asked) <= tolerance * asked:
+        return None
+    remedy = (
+        "minibatch noise heats them: use a smaller step_size, larger minibatches, or more friction"
+        if m.mean > asked
+        else "they have not settled: use more warm-up or more friction"
+    )
+    return f"the chains ran at kinetic temperature {m.mean:.3g}, not at the {asked:.3g} asked for; {remedy}."
+
+
 def describe_temperatures(sample_stats: Mapping[str, Any], dim: int) -> str:
     """One line: the temperature asked for, the measured ones, and where they should lie."""
     asked = float(np.mean(np.asarray(sample_stats["temperature"], dtype=float)))

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bnn.kernels._base import StochasticGradientKernel
-from bnn.temperature import describe_temperatures
+from bnn.temperature import describe_temperatures, wrong_temperature
 
 METHODS = ("vectorized", "sequential", "parallel")
 
@@ -139,6 +139,8 @@ class MCMC(PyroMCMC):
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Draw the chains. An interrupt (Ctrl-C) keeps what was drawn.
 
+        Warns if the chains' kinetic temperature was not the one asked for.
+
         :param args: arguments of the model.
         :param kwargs: keyword arguments of the model.
         :raises RuntimeError: if every chain diverges before its first draw.
@@ -199,6 +201,9 @@ class MCMC(PyroMCMC):
         elif count < self._asked_samples:
             why = "interrupted" if finished[-1].interrupted else "all chains stopped"
             warnings.warn(f"{why}: {count} of {self._asked_samples} draws are kept.", RuntimeWarning, stacklevel=4)
+        wrong = wrong_temperature({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim)
+        if wrong:
+            warnings.warn(wrong, RuntimeWarning, stacklevel=4)
 
     def _run_group(self, chains: range, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Draws:
         kernel, warmup = self.kernel, self.warmup_steps

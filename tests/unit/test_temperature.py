@@ -1,13 +1,16 @@
 """The temperature that a run asked for, beside the one that it had."""
 
+import warnings
+
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from scipy import stats
 
 from bnn.kernels import MCMC, SGHMC
-from bnn.temperature import describe_temperatures, effective_draws, kinetic_region, measure
+from bnn.temperature import describe_temperatures, effective_draws, kinetic_region, measure, wrong_temperature
 from support import targets
 from support.cases import KERNELS
 from support.checks import ALPHA
@@ -111,3 +114,37 @@ def test_description():
     assert text.startswith("Temperature: asked 0.5; kinetic 0.4 +- ")
     assert f"(99 % region [{low:.4g}, {high:.4g}])" in text
     assert "configurational" not in text
+
+
+def one_mean(y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0).expand([20]).to_event(1))
+    with pyro.plate("data", len(y), subsample_size=1) as rows:
+        pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y[rows])
+
+
+@pytest.mark.parametrize(("step_size", "friction", "heated"), [(0.01, 5.0, True), (0.001, 50.0, False)])
+def test_a_run_at_another_temperature_warns(step_size, friction, heated):
+    """One row of a hundred heats the momenta by hV/(2C), V = 100²: to eleven, and by a tenth."""
+    y = torch.randn(100, 20, generator=torch.Generator().manual_seed(1))
+    kernel = SGHMC(one_mean, step_size=step_size, friction=friction, steps_per_sample=50, compile="fx")
+    mcmc = MCMC(kernel, 100, 100, num_chains=4, disable_progbar=True)
+    if heated:
+        with pytest.warns(RuntimeWarning, match=r"kinetic temperature 1\d.*, not at the 1 asked for; minibatch noise"):
+            mcmc.run(y)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            mcmc.run(y)
+
+
+def test_wrong_temperature_is_more_than_chance():
+    """Off by a half in one draw of three coordinates is chance, in a thousand draws it is not."""
+    generator = np.random.default_rng(2)
+    values = 0.5 * generator.chisquare(3, size=(4, 1000)) / 3
+    asked = np.ones_like(values)
+    given = {"kinetic_temperature": values, "temperature": asked}
+    assert "have not settled" in wrong_temperature(given, dim=3)
+    assert wrong_temperature({n: v[:1, :1] for n, v in given.items()}, dim=3) is None
+    assert wrong_temperature({**given, "temperature": 0.5 * asked}, dim=3) is None
+    assert wrong_temperature({**given, "temperature": 0.0 * asked}, dim=3) is None
+    assert wrong_temperature({"temperature": asked}, dim=3) is None

@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bnn.kernels._coordinates import Number
 from bnn.kernels.schedules import Schedule, cycle_position, value_at
 from bnn.potential import Potential
 from bnn.tiers import Program
@@ -18,6 +20,9 @@ EnergyAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 # Steps recorded in one program, and the largest state (chains times dim) for which that is worth its compilation.
 UNROLLED_STEPS = 10
 LARGEST_UNROLLED = 20_000
+
+# Steps whose scheduled coefficients are worked out at once.
+SCHEDULED_AHEAD = 32
 
 
 class Evaluation(NamedTuple):
@@ -36,7 +41,7 @@ class Algorithm(Protocol):
     steps_per_sample: int
     noises_per_step: int
 
-    def coefficients(self, step: int) -> tuple[Tensor, ...]:
+    def coefficients(self, step: int) -> tuple[Number, ...]:
         """Numbers of the update."""
 
     def update(
@@ -67,7 +72,8 @@ class Run:
         self.state: Any = None
         self.params: dict[str, Tensor] | None = None
         self.constant = True
-        self.numbers: tuple[Tensor, ...] | None = None
+        self._numbers: dict[int, tuple[Tensor, ...]] = {}
+        self.coordinates: dict[str, Number] = {}  # settings per coordinate, worked out once
         self.unrolled = 0  # steps of the program that records several, 0 without one
         self._programs: dict[Any, Program] = {}
         self.noise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
@@ -87,7 +93,7 @@ class Run:
     def stat_names(self) -> list[str]:
         """Names of the columns of :meth:`advance`'s statistics."""
         names = ["energy", "configurational_temperature", "gradient_norm", "squared_norm"]
-        if self.kernel.momentum_of(self.state, self.numbers or ()) is not None:
+        if self.kernel.momentum_of(self.state, self.numbers_at(self.step)) is not None:
             names += ["kinetic_temperature", "momentum_squared_norm", "position_momentum"]
         return names
 
@@ -228,11 +234,21 @@ class Run:
 
     def numbers_at(self, step: int) -> tuple[Tensor, ...]:
         """The kernel's coefficients in the precision and on the device of the chains."""
-        if self.constant and self.numbers is not None:
-            return self.numbers
-        potential = self.potential
-        self.numbers = tuple(c.to(potential.dtype).to(potential.device) for c in self.kernel.coefficients(step))
-        return self.numbers
+        if self.constant:
+            step = 0
+        if step not in self._numbers:
+            self._numbers = self._numbers_from(step, 1 if self.constant else SCHEDULED_AHEAD)
+        return self._numbers[step]
+
+    def _numbers_from(self, start: int, count: int) -> dict[int, tuple[Tensor, ...]]:
+        """Coefficients of ``count`` steps: one array of numbers costs as much as each of them by itself."""
+        dtype, device = self.potential.dtype, self.potential.device
+        values = [self.kernel.coefficients(start)]
+        if any(isinstance(value, np.ndarray) for value in values[0]):  # per coordinate: too large to keep ahead
+            return {start: tuple(torch.as_tensor(value, dtype=dtype, device=device) for value in values[0])}
+        values += [self.kernel.coefficients(step) for step in range(start + 1, start + count)]
+        rows = torch.tensor(values, dtype=dtype, device=device).unbind(0)
+        return {start + number: row.unbind(0) for number, row in enumerate(rows)}
 
     def _stats(self, state: Any, evaluation: Evaluation, coefficients: Sequence[Tensor]) -> Tensor:
         position, energy, grad = evaluation

@@ -25,10 +25,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bnn.kernels._base import EnergyAndGrad, Evaluation, StochasticGradientKernel
+from bnn.kernels._coordinates import Number
 from bnn.kernels.schedules import Schedule, check_setting, value_at
 
 Integrator = Literal["bbaoa", "symplectic_euler", "baoab", "obabo"]
@@ -182,12 +184,12 @@ class SGHMC(StochasticGradientKernel):
 
     def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> SGHMCState:
         """Momentum drawn from N(0, T M)."""
-        scale = torch.sqrt(self._mass() * value_at(self.temperature, 0)).to(position)
+        scale = torch.as_tensor(np.sqrt(self._mass() * value_at(self.temperature, 0))).to(position)
         momentum = torch.randn_like(position) * scale
         grad = energy_and_grad(position)[1] if self.integrator in _KEEPS_GRADIENT else None
         return init(position, momentum, grad)
 
-    def coefficients(self, step: int) -> tuple[Tensor, ...]:
+    def coefficients(self, step: int) -> tuple[Number, ...]:
         """h, h/M, the momentum's decay and the noise's standard deviation, then M⁻¹ for the statistics."""
         h, temperature = value_at(self.step_size, step), value_at(self.temperature, step)
         friction, mass = value_at(self.friction, step), self._mass()
@@ -197,19 +199,19 @@ class SGHMC(StochasticGradientKernel):
             decay = 1.0 - h * friction / mass
             variance = 2.0 * h * friction * temperature - gradient_variance
             if resample:
-                decay, variance = torch.zeros_like(decay), variance + decay**2 * mass * temperature
+                decay, variance = 0.0 * decay, variance + decay**2 * mass * temperature
         else:
             interval = 0.5 * h if self.integrator == "obabo" else h
-            decay = torch.exp(-interval * friction / mass) * (0.0 if resample else 1.0)
+            decay = np.exp(-interval * friction / mass) * (0.0 if resample else 1.0)
             share = 0.5 if self.integrator == "obabo" else 1.0
             variance = mass * temperature * (1.0 - decay**2) - share * decay**2 * gradient_variance
-        if (variance < 0).any():
+        if np.less(variance, 0.0).any():
             raise ValueError(
-                f"gradient_noise asks to remove more noise (h²V up to {gradient_variance.max().item():.3g}) than the "
+                f"gradient_noise asks to remove more noise (h²V up to {np.max(gradient_variance):.3g}) than the "
                 f"friction of {friction:.3g} injects in a step of {h:.3g}: raise friction, or lower step_size or "
                 "gradient_noise."
             )
-        return torch.tensor(h, dtype=torch.float64), h / mass, decay, torch.sqrt(variance), 1.0 / mass
+        return h, h / mass, decay, np.sqrt(variance), 1.0 / mass
 
     def update(
         self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]
@@ -221,8 +223,8 @@ class SGHMC(StochasticGradientKernel):
         """Momentum and inverse mass."""
         return state.momentum, coefficients[4]
 
-    def _mass(self) -> Tensor:
+    def _mass(self) -> Number:
         return self.per_coordinate("mass", self.mass)
 
-    def _gradient_noise(self) -> Tensor:
+    def _gradient_noise(self) -> Number:
         return self.per_coordinate("gradient_noise", self.gradient_noise, default=0.0, positive=False)

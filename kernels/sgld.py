@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from bnn.kernels._base import EnergyAndGrad, Evaluation, StochasticGradientKernel
+from bnn.kernels._coordinates import Number
 from bnn.kernels.schedules import Schedule, value_at
 
 
@@ -87,13 +88,13 @@ class SGLD(StochasticGradientKernel):
         del energy_and_grad
         return init(position)
 
-    def coefficients(self, step: int) -> tuple[Tensor, ...]:
+    def coefficients(self, step: int) -> tuple[Number, ...]:
         """The drift −hP and the noise scale √(2hTP)."""
         h, temperature = value_at(self.step_size, step), value_at(self.temperature, step)
         preconditioner = self.per_coordinate(
             "preconditioner", 1.0 if self.preconditioner is None else self.preconditioner
         )
-        return -h * preconditioner, torch.sqrt(2.0 * h * temperature * preconditioner)
+        return -h * preconditioner, np.sqrt(2.0 * h * temperature * preconditioner)
 
     def update(
         self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]

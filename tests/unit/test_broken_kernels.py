@@ -47,7 +47,7 @@ class WrongPairing(SGHMC):
 
     def coefficients(self, step):
         h, velocity, decay, _, inverse_mass = super().coefficients(step)
-        noise = torch.sqrt(self.temperature / inverse_mass * (1 - decay**2))
+        noise = np.sqrt(self.temperature / inverse_mass * (1 - decay**2))
         return h, velocity, decay, noise, inverse_mass
 
 
@@ -56,7 +56,7 @@ class WrongPairingOfSplitting(SGHMC):
 
     def coefficients(self, step):
         h, velocity, decay, _, inverse_mass = super().coefficients(step)
-        return h, velocity, decay, torch.sqrt(2 * h * self.friction * self.temperature), inverse_mass
+        return h, velocity, decay, np.sqrt(2 * h * self.friction * self.temperature), inverse_mass
 
 
 class HalfVelocity(SGHMC):
@@ -91,7 +91,7 @@ class GradientNoiseAdded(SGHMC):
 
     def coefficients(self, step):
         h, velocity, decay, noise, inverse_mass = super().coefficients(step)
-        return h, velocity, decay, torch.sqrt(noise**2 + 2 * h**2 * self.gradient_noise), inverse_mass
+        return h, velocity, decay, np.sqrt(noise**2 + 2 * h**2 * self.gradient_noise), inverse_mass
 
 
 def with_factor(base: type, factor: Callable[[float], float]) -> Callable[[float], type]:

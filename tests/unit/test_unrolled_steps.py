@@ -1,0 +1,50 @@
+"""Ten steps recorded in one program are ten steps: the same path without noise, the exact law with it."""
+
+import pytest
+import torch
+
+from bnn.kernels import SGHMC, SGLD, PolynomialDecay
+from bnn.kernels._run import LARGEST_UNROLLED, UNROLLED_STEPS
+from support import targets
+from support.checks import assert_variance
+
+STEPS = UNROLLED_STEPS + 2  # one program of ten steps and two single ones make a draw
+
+
+def after(kernel, draws, curvature, start):
+    kernel.initial_params = {"z": start}
+    kernel.setup(0, curvature)
+    for _ in range(draws):
+        kernel.advance()
+    return kernel
+
+
+@pytest.mark.parametrize("build", [SGLD, lambda model, **options: SGHMC(model, friction=2.0, **options)])
+def test_the_path_under_a_schedule(build):
+    """At T = 0 the path is that of single steps, each at its own step size."""
+    curvature = torch.linspace(0.5, 2.0, 6, dtype=torch.float64)
+    start = torch.linspace(-1.0, 2.0, 6, dtype=torch.float64)
+    step_size = PolynomialDecay(0.3, delay=3.0, power=0.8)
+    positions = {}
+    for tier in ("fx", "inductor"):
+        kernel = build(targets.gaussian, step_size=step_size, temperature=0.0, steps_per_sample=STEPS, compile=tier)
+        kernel = after(kernel, 4, curvature, start)
+        assert kernel._running.unrolled == (UNROLLED_STEPS if tier == "inductor" else 0)
+        assert kernel.steps_done == 4 * STEPS
+        positions[tier] = kernel.position
+    torch.testing.assert_close(positions["inductor"], positions["fx"], rtol=1e-10, atol=1e-14)
+    assert (positions["fx"][0] - start).abs().min() > 0.05
+
+
+def test_the_law():
+    """Var z = T / (k (1 − hk/2)), each step with noise of its own. Draws are 12 steps apart: correlation 0.5^12."""
+    k, h, temperature = 4.0, 0.125, 0.3
+    curvature = torch.full((LARGEST_UNROLLED,), k, dtype=torch.float64)
+    kernel = SGLD(targets.gaussian, step_size=h, temperature=temperature, steps_per_sample=STEPS, compile="inductor")
+    kernel = after(kernel, 8, curvature, torch.zeros_like(curvature))
+    assert kernel._running.unrolled == UNROLLED_STEPS
+    draws = []
+    for _ in range(6):
+        kernel.advance()
+        draws.append(kernel.position[0])
+    assert_variance("position", torch.cat(draws).numpy(), temperature / (k * (1 - h * k / 2)))

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
+from bnn.out_of_place import out_of_place
 from bnn.peephole import (
     constant_node,
     expand_small_products,
@@ -83,6 +83,12 @@ _BINDINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
+def untraced() -> contextlib.AbstractContextManager[None]:
+    """Inside a recording, compute here and now: for tensors that do not depend on its inputs and steer Python."""
+    context: Any = disable_proxy_modes_tracing()
+    return context  # type: ignore[no-any-return]
+
+
 class RecordingError(RuntimeError):
     """The function cannot be recorded: its control flow or side effects depend on the values of its inputs."""
 
@@ -119,7 +125,7 @@ def record(function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[t
             warnings.simplefilter("ignore")
             graph_module = make_fx(function)(*inputs)
             _drop_aliases(graph_module)
-            _out_of_place(graph_module)
+            out_of_place(graph_module)
             if _mutates(graph_module):
                 graph_module = make_fx(torch.func.functionalize(function))(*inputs)
     except Exception as error:
@@ -132,6 +138,50 @@ def record(function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[t
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
+
+
+def record_forward(
+    function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor]
+) -> tuple[GraphModule, list[torch.Tensor]]:
+    """Trace a function that is to be differentiated later: ``detach`` stays where the function has it.
+
+    :returns: the graph, and the leaf tensors that require gradients and that the function uses besides its inputs;
+        they have become further inputs of the graph.
+    :raises RecordingError: as :func:`record` does.
+    """
+    try:
+        with unvalidated_distributions(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph_module = make_fx(function)(*inputs)
+            out_of_place(graph_module)
+    except Exception as error:
+        message = str(error).strip().splitlines()
+        raise RecordingError(f"{type(error).__name__}: {message[0] if message else 'no message'}") from error
+    if _mutates(graph_module):
+        raise RecordingError("the model would mutate a captured tensor, such as batch norm's running mean")
+    parameters = _parameters_as_inputs(graph_module)
+    _fold_constants(graph_module)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module, parameters
+
+
+def _parameters_as_inputs(graph_module: GraphModule) -> list[torch.Tensor]:
+    found: dict[int, tuple[torch.Tensor, Node]] = {}
+    last = [node for node in graph_module.graph.nodes if node.op == "placeholder"][-1]
+    for node in list(graph_module.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = getattr(graph_module, node.target)
+        if not (value.requires_grad and value.is_leaf):
+            continue
+        if id(value) not in found:
+            with graph_module.graph.inserting_after(last):
+                last = graph_module.graph.placeholder(f"parameter_{len(found)}")
+            last.meta["val"] = value.detach()
+            found[id(value)] = value, last
+        _replace(graph_module, node, found[id(value)][1])
+    return [value for value, _ in found.values()]
 
 
 def used_inputs(graph_module: GraphModule) -> list[bool]:
@@ -241,55 +291,6 @@ def _mutates(graph_module: GraphModule) -> bool:
         and not is_random(node)
         for node in graph_module.graph.nodes
     )
-
-
-def _out_of_place(graph_module: GraphModule) -> None:
-    """Turn ``x.op_(y)`` on a tensor that the graph itself made, as recurrent layers write, into ``x.op(y)``."""
-    order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if not node.target._schema.is_mutable or is_random(node):
-            continue
-        name = node.target._schema.name.removeprefix("aten::")
-        target = _functional(node.target._schema, getattr(aten, name.removesuffix("_"), None))
-        names = _names_of_memory(node.args[0])
-        if not name.endswith("_") or target is None or not names:
-            continue
-        with graph_module.graph.inserting_before(node):
-            result = graph_module.graph.call_function(target, node.args, node.kwargs)
-        result.meta = dict(node.meta)
-        for other in names:
-            later = [user for user in other.users if order.get(user, -1) > order[node]]
-            other.replace_all_uses_with(result, later.__contains__)
-        _replace(graph_module, node, result)
-
-
-def _functional(schema: Any, packet: Any) -> Any:
-    """The overload of ``packet`` with the arguments of an in-place operation; None if there is none."""
-    types = [str(argument.type) for argument in schema.arguments]
-    for overload in packet.overloads() if packet is not None else ():
-        found = getattr(packet, overload)
-        if not found._schema.is_mutable and [str(argument.type) for argument in found._schema.arguments] == types:
-            return found
-    return None
-
-
-def _names_of_memory(node: Any) -> list[Node]:
-    """The nodes that stand for a tensor made in the graph; none if it came from outside or has views."""
-    names = [node]
-    while is_random(names[-1]) and names[-1].target._schema.is_mutable:
-        names.append(names[-1].args[0])
-    root = names[-1].args[0] if names[-1].target is operator.getitem else names[-1]
-    made_here = root.op == "call_function" and not _is_view(root) and not root.target._schema.is_mutable
-    return names if made_here and not any(_is_view(user) for name in names for user in name.users) else []
-
-
-def _is_view(node: Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is not operator.getitem
-    schema = node.target._schema
-    return not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
 
 
 def _replace(graph_module: GraphModule, node: Node, replacement: Node) -> None:

@@ -43,6 +43,7 @@ class Use:
     :ivar inputs: the rows (rows, inputs), given the values of the graph's nodes.
     :ivar rows: brings a tensor in the shape of the node's output, such as its gradient, into (rows, outputs).
     :ivar sources: nodes whose values ``inputs`` and ``rows`` read.
+    :ivar unrows: the inverse of ``rows``; None where the use does not make up the whole output.
     """
 
     node: Node
@@ -51,6 +52,7 @@ class Use:
     inputs: Callable[[Env], Tensor]
     rows: Callable[[Tensor, Env], Tensor]
     sources: tuple[Node, ...] = ()
+    unrows: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass
@@ -255,7 +257,7 @@ class _Finder:
         rows: Callable[..., Tensor],
         unrows: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        use = Use(node, weight, None, lambda env: inputs(env[data]), lambda g, env: rows(g), (data,))
+        use = Use(node, weight, None, lambda env: inputs(env[data]), lambda g, env: rows(g), (data,), unrows)
         self.uses.found.append(use)
         if unrows is not None:
             numel, outputs = node.meta["val"].numel(), len(weight.index)
@@ -322,9 +324,9 @@ class _Finder:
             self.uses.found.append(Use(node, matrix, None, inputs, rows, (data,)))  # type: ignore[arg-type]
         if groups != 1:
             return self._channels(node, bias) or self.tag(bias) is None
-        self.uses.found[-1].bias = self.tag(bias)
-        position = torch.arange(shape.numel()).reshape(shape[0], -1, outputs).mT.reshape(shape)
-        self.outputs[node] = self.uses.found[-1], position
+        use = self.uses.found[-1]
+        use.bias, use.unrows = self.tag(bias), lambda r: r.reshape(shape[0], -1, outputs).mT.reshape(shape)
+        self.outputs[node] = use, use.unrows(torch.arange(shape.numel()).reshape(-1, outputs))
         return True
 
     def _channels(self, node: Node, bias: Any) -> bool:

@@ -146,7 +146,7 @@ def per_datum(
 
 
 @dataclass
-class _Arrangement:
+class Arrangement:
     """Where one use's entries stand in the matrix: whether its outputs are rows there, and which rows and columns."""
 
     outputs_are_rows: bool
@@ -155,7 +155,7 @@ class _Arrangement:
     factor: float
 
     @staticmethod
-    def of(tag: Tag | None, places: Mapping[str, Place]) -> _Arrangement | None:
+    def of(tag: Tag | None, places: Mapping[str, Place]) -> Arrangement | None:
         """None if the use is of none of the matrix's sites.
 
         :raises ValueError: if it mixes rows and columns.
@@ -167,9 +167,9 @@ class _Arrangement:
             if row.dim() == 1:
                 row, column = row[:, None], column[:, None]
             if (row == row[:, :1]).all() and (column == column[:1]).all():
-                return _Arrangement(True, row[:, 0].tolist(), column[0].tolist(), tag.factor)
+                return Arrangement(True, row[:, 0].tolist(), column[0].tolist(), tag.factor)
             if (row == row[:1]).all() and (column == column[:, :1]).all():
-                return _Arrangement(False, row[0].tolist(), column[:, 0].tolist(), tag.factor)
+                return Arrangement(False, row[0].tolist(), column[:, 0].tolist(), tag.factor)
         raise ValueError(f"a use of {tag.site!r} mixes rows and columns")
 
 
@@ -177,7 +177,7 @@ def _parts(
     use: Use, places: Mapping[str, Place], shape: tuple[int, int], inputs: Tensor, rows: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """(a, g) pairs, in the columns and rows of the matrix, that make up one use's gradient."""
-    weight, bias = _Arrangement.of(use.weight, places), _Arrangement.of(use.bias, places)
+    weight, bias = Arrangement.of(use.weight, places), Arrangement.of(use.bias, places)
     parts: list[tuple[Tensor, Tensor]] = []
     if weight is not None:
         a = inputs if weight.factor == 1.0 else inputs * weight.factor

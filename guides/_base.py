@@ -12,7 +12,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import deep_setattr
-from pyro.nn.module import PyroModule, PyroParam
+from pyro.nn.module import PyroModule, PyroParam, pyro_method
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -50,6 +50,7 @@ class NaturalGuide(AutoGuide):
         self._family, self._init, self._init_scale = family, strategy_of(init_loc_fn), init_scale
         self._sites: dict[str, LatentSite] = {}
         self._blocks: list[Block] = []
+        self._constraints: list[dict[str, Any]] = []
 
     # ---- setup
 
@@ -82,8 +83,11 @@ class NaturalGuide(AutoGuide):
         if not values:
             raise ValueError("the model has no latent sites: give at least one weight a prior with pyro.sample.")
         self._blocks = self._make_blocks(args, kwargs)
+        self._constraints = []
         for number, block in enumerate(self._blocks):
+            self._constraints.append({})
             for name, (start, constraint) in block.init(values, self._init_scale).items():
+                self._constraints[number][name] = constraint
                 self._set(block, number, name, start, constraint)
 
     def _set(self, block: Block, number: int, name: str, start: Tensor, constraint: Any) -> None:
@@ -98,6 +102,12 @@ class NaturalGuide(AutoGuide):
         else:
             deep_setattr(getattr(self, name + "s"), block.key, value)
 
+    @property
+    def constraints(self) -> list[dict[str, Any]]:
+        """The constraint of each parameter of each block."""
+        return self._constraints
+
+    @pyro_method
     def params_of(self, block: Block) -> dict[str, Tensor]:
         """The constrained parameters of a block, through ``pyro.param``."""
         if block.family == "factorized":
@@ -127,7 +137,7 @@ class NaturalGuide(AutoGuide):
                 rest.append(site)
             else:
                 made = MatrixBlock if families[name] == "matrix" else EigenBlock
-                sites = [site] + [self._sites[partners[name]]] * (name in partners)
+                sites = [site, *(self._sites[p] for w, p in partners.items() if w == name)]
                 flipped = name in transposed
                 rows = site.shape[-1] if flipped else site.shape[0]
                 blocks.append(made(sites, rows, flipped))

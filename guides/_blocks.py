@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 
 from bnn.layers import Use
 from bnn.per_datum import Block as Data
+from bnn.per_datum import Place
 
 Params = Mapping[str, Tensor]
 
@@ -52,6 +53,16 @@ class LatentSite:
     def unconstrained_event_dim(self) -> int:
         """Event dimensions of its unconstrained value."""
         return self.event_dim + len(self.shape) - len(biject_to(self.support).forward_shape(self.shape))
+
+
+@dataclass
+class Factors:
+    """W − M = R (σ ∘ E) Cᵀ; None is the unit matrix, or 1."""
+
+    rows: Tensor | None
+    scale: Tensor | None
+    columns: Tensor | None
+    noise: Tensor
 
 
 @dataclass
@@ -113,6 +124,14 @@ class Block(ABC):
     @abstractmethod
     def split(self, value: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`join`."""
+
+    def matrix_of(self, names: Sequence[str]) -> tuple[dict[str, Place], tuple[int, int]]:
+        """Where the entries of ``names`` stand in a matrix of (outputs, inputs), and its shape."""
+        raise NotImplementedError
+
+    def factors(self, params: Params, noise: Tensor, names: Sequence[str]) -> Factors:
+        """The noise of ``names`` in that matrix: R (σ ∘ E) Cᵀ."""
+        raise NotImplementedError
 
     # ---- the Gaussian
 

@@ -14,7 +14,7 @@ precisions go to the diagonal of the turned precision.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -25,7 +25,7 @@ from torch.distributions import constraints
 
 from bnn.distributions import EigenNormal
 from bnn.guides._base import NaturalGuide
-from bnn.guides._blocks import Curvature, LatentSite, Params
+from bnn.guides._blocks import Curvature, Factors, LatentSite, Params
 from bnn.guides.matrix_normal import Layout
 
 
@@ -49,6 +49,10 @@ class EigenBlock(Layout):
             "row_moment": (torch.zeros(self.rows, self.rows, **kind), None),
             "col_moment": (torch.zeros(self.cols, self.cols, **kind), None),
         }
+
+    def factors(self, params: Params, noise: Tensor, names: Sequence[str]) -> Factors:
+        """R = Q_S, σ = s, C = Q_A."""
+        return Factors(params["row_basis"], params["eigen_scale"], params["col_basis"], noise)
 
     def spread(self, params: Params, noise: Tensor) -> Tensor:
         """Q_S (s ∘ ε) Q_Aᵀ."""
@@ -91,7 +95,7 @@ class EigenBlock(Layout):
         """D log s = −½ ρ (target − 1)."""
         return {"eigen_scale": 0.5 * (targets["eigen_scale"] - 1.0)}
 
-    def refresh(self, params: Params, rate: float, targets: Mapping[str, Tensor]) -> None:
+    def refresh(self, params: Params, leaves: Mapping[str, Tensor], rate: float, targets: Mapping[str, Tensor]) -> None:
         """Take new second moments in, and turn to their eigenvectors; in place."""
         if "row_moment" not in targets:
             return
@@ -105,9 +109,7 @@ class EigenBlock(Layout):
             turned[side] = (basis.mT @ params[f"{side}_basis"]).square()
             params[f"{side}_basis"].copy_(basis)
         precision = turned["row"] @ params["eigen_scale"].detach() ** -2 @ turned["col"].mT
-        leaf: Any = params["eigen_scale"]
-        with torch.no_grad():
-            leaf.unconstrained().copy_(-0.5 * precision.log())
+        leaves["eigen_scale"].copy_(-0.5 * precision.log())
 
     def sample(self, params: Params, plates: Mapping[str, Any]) -> dict[str, Tensor]:
         """The law itself for a weight alone; through an auxiliary site where a bias shares it."""

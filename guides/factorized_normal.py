@@ -12,7 +12,7 @@ square root. The fixed point for linear regression has the exact mean and precis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from bnn.guides._base import NaturalGuide
-from bnn.guides._blocks import Block, Curvature, LatentSite, Params
-from bnn.per_datum import squares_per_datum
+from bnn.guides._blocks import Block, Curvature, Factors, LatentSite, Params
+from bnn.per_datum import Place, squares_per_datum
+from bnn.recording import untraced
 
 
 class FactorizedBlock(Block):
@@ -49,6 +50,21 @@ class FactorizedBlock(Block):
         """Location and scale."""
         scales = {site.name: torch.full_like(values[site.name], scale * site.scale) for site in self.sites}
         return {"loc": (self.join(values), constraints.real), "scale": (self.join(scales), constraints.positive)}
+
+    def matrix_of(self, names: Sequence[str]) -> tuple[dict[str, Place], tuple[int, int]]:
+        """One site as a matrix of its first dimension by all others."""
+        (site,) = (site for site in self.sites if site.name == names[0])
+        rows, cols = _matrix_shape(site)
+        with untraced():
+            numbers = torch.arange(rows * cols)
+        return {site.name: Place(numbers // cols, numbers % cols)}, (rows, cols)
+
+    def factors(self, params: Params, noise: Tensor, names: Sequence[str]) -> Factors:
+        """σ alone."""
+        (site,) = (site for site in self.sites if site.name == names[0])
+        shape = _matrix_shape(site)
+        scale, own = (self.split(t)[site.name].reshape(shape) for t in (params["scale"], noise))
+        return Factors(None, scale, None, own)
 
     def spread(self, params: Params, noise: Tensor) -> Tensor:
         """σ ε."""
@@ -107,6 +123,11 @@ class FactorizedBlock(Block):
                 else:
                     result[site.name] = _through_transform(site, law)
         return result
+
+
+def _matrix_shape(site: LatentSite) -> tuple[int, int]:
+    rows = site.shape[0] if site.shape else 1
+    return rows, site.shape.numel() // max(rows, 1)
 
 
 def _through_transform(site: LatentSite, law: Any) -> Tensor:

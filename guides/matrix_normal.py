@@ -30,7 +30,7 @@ from torch.distributions import constraints
 
 from bnn.distributions import MatrixNormal
 from bnn.guides._base import NaturalGuide
-from bnn.guides._blocks import Block, Curvature, LatentSite, Params
+from bnn.guides._blocks import Block, Curvature, Factors, LatentSite, Params
 from bnn.per_datum import PerDatum, Place, per_datum
 from bnn.recording import untraced
 
@@ -57,13 +57,13 @@ class Layout(Block):
         return torch.cat([values[self.sites[1].name].reshape(-1, 1), weight], 1)
 
     def split(self, value: Tensor) -> dict[str, Tensor]:
-        """Values of weight and bias; ``value`` may have leading dimensions."""
+        """Values of weight and bias, laid out as the recorded model expects; ``value`` may have leading dimensions."""
         lead = value.shape[:-2]
         weight = value[..., 1:] if self.has_bias else value
         weight = weight.mT if self.transposed else weight
-        result = {self.sites[0].name: weight.reshape(lead + self.sites[0].shape)}
+        result = {self.sites[0].name: weight.reshape(lead + self.sites[0].shape).contiguous()}
         if self.has_bias:
-            result[self.sites[1].name] = value[..., 0].reshape(lead + self.sites[1].shape)
+            result[self.sites[1].name] = value[..., 0].reshape(lead + self.sites[1].shape).contiguous()
         return result
 
     def places(self) -> dict[str, Place]:
@@ -74,6 +74,10 @@ class Layout(Block):
                 name: Place((value // self.cols).reshape(-1), (value % self.cols).reshape(-1))
                 for name, value in self.split(numbers).items()
             }
+
+    def matrix_of(self, names: Sequence[str]) -> tuple[dict[str, Place], tuple[int, int]]:
+        """The block's own matrix."""
+        return self.places(), (self.rows, self.cols)
 
     def gradients_per_datum(self, curvature: Curvature) -> PerDatum | None:
         """Those of all probes together; with the universal estimate, of the whole likelihood as one datum."""
@@ -109,6 +113,10 @@ class MatrixBlock(Layout):
             "row_scale_tril": (torch.eye(self.rows, **kind), constraints.lower_cholesky),
             "col_scale_tril": (spread.mean(0).diag(), constraints.lower_cholesky),
         }
+
+    def factors(self, params: Params, noise: Tensor, names: Sequence[str]) -> Factors:
+        """R = U, C = V."""
+        return Factors(params["row_scale_tril"], None, params["col_scale_tril"], noise)
 
     def spread(self, params: Params, noise: Tensor) -> Tensor:
         """U ε Vᵀ."""
@@ -162,7 +170,7 @@ class MatrixBlock(Layout):
         inputs, outputs = gradients.second_moments()
         return {"row_moment": curvature.weight * outputs, "col_moment": inputs, "prior": prior}
 
-    def set_factored(self, params: Params, row_moment: Tensor, col_moment: Tensor, prior: Tensor) -> None:
+    def set_factored(self, leaves: Mapping[str, Tensor], row_moment: Tensor, col_moment: Tensor, prior: Tensor) -> None:
         """Set the factors to those of (A + π √γ I) ⊗ (S + √γ/π I), γ the prior's precision; in place.
 
         π = √((tr A / dim A) / (tr S / dim S)). This damps more than A ⊗ S + γ I: the posterior is too narrow.
@@ -176,8 +184,7 @@ class MatrixBlock(Layout):
             unit = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
             factor = torch.linalg.cholesky((moment + damping * unit).flip(0, 1)).mT.flip(0, 1)
             scale = torch.linalg.solve_triangular(factor, unit, upper=False)
-            leaf: Any = params[name]
-            leaf.unconstrained().copy_(scale.tril(-1) + torch.diag_embed(scale.diagonal().log()))
+            leaves[name].copy_(scale.tril(-1) + torch.diag_embed(scale.diagonal().log()))
 
     def damped(self, params: Params, whitened: Tensor, damping: float) -> Tensor:
         """In the eigenbases of UᵀU and VᵀV."""

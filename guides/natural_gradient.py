@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
@@ -16,11 +16,19 @@ from torch.utils import _pytree as pytree
 
 from bnn.fisher import CURVATURES
 from bnn.guides._base import NaturalGuide
-from bnn.guides._step import Result, Settings, Step
+from bnn.guides._estimate import Settings
+from bnn.guides._perturbed import NOISES
+from bnn.guides._progress import Progress
+from bnn.guides._step import Result, Step
+from bnn.guides.eigen_normal import EigenBlock
+from bnn.guides.matrix_normal import MatrixBlock
 from bnn.guides.natural_gradient_descent import NATURAL, Natural
 from bnn.tiers import check_tier
 
 DAMPINGS = ("exact", "factored")
+
+# Steps for which the prior's part of the direction of a large matrix is used again, at most.
+PRIOR_EVERY = 5
 
 
 class TraceNaturalGradient_ELBO(Trace_ELBO):
@@ -49,6 +57,10 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
     :param curvature_rate: rate of the running means of second moments (``"factored"``, eigenbases).
     :param trust_region: bound on the root mean square of the whitened step of the means at rate 1; None for no bound.
     :param stick_the_landing: drop the score term, so that the gradient's noise vanishes where q is the posterior.
+    :param noise: ``"weights"``: one draw of the weights for all data. ``"flipout"``: signs of it for every datum;
+        ``"local"``: fresh noise for every output of a layer (local reparametrisation), less noisy gradients of the
+        same mean. ``"shared"``: the draw of ``"weights"`` without forming the weights. With all but ``"weights"``
+        layers with a fixed Normal prior take the divergence in closed form and do not stick the landing.
     :param num_particles: draws from the guide per step.
     :param vectorize_particles: accepted as in Pyro; the recorded step holds all particles in any case.
     :param check_every: steps between comparisons of the captured gradients with autograd's; 0 for none.
@@ -71,6 +83,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         curvature_rate: float = 0.05,
         trust_region: float | None = 1.0,
         stick_the_landing: bool = True,
+        noise: str = "weights",
         num_particles: int = 1,
         vectorize_particles: bool = False,
         check_every: int = 1000,
@@ -79,6 +92,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=False)
         _one_of("curvature", curvature, CURVATURES)
         _one_of("damping", damping, DAMPINGS)
+        _one_of("noise", noise, NOISES)
         check_tier(compile)
         _positive("kl_weight", kl_weight, "1 is the posterior, smaller values temper the likelihood")
         _positive("curvature_rate", curvature_rate, "the weight of a new estimate in a running mean, such as 0.05")
@@ -97,12 +111,12 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
             raise ValueError("damping='factored' needs the factors of 'sampled', 'ggn' or 'empirical' curvature.")
         self.settings = Settings(
             curvature, label_samples, kl_weight, stick_the_landing, damping == "factored", extrinsic_damping,
-            trust_region, num_particles, vectorize_particles, "fx" if compile == "auto" else compile,
+            trust_region, noise, num_particles, vectorize_particles, "fx" if compile == "auto" else compile,
         )  # fmt: skip
         self.statistics_every, self.inverses_every = statistics_every, inverses_every
         self.curvature_rate, self.check_every = curvature_rate, check_every
         self._steps: dict[Any, Step] = {}
-        self._progress: weakref.WeakKeyDictionary[Any, _Progress] = weakref.WeakKeyDictionary()
+        self._progress: weakref.WeakKeyDictionary[Any, Progress] = weakref.WeakKeyDictionary()
 
     # ---- what Pyro asks for
 
@@ -111,24 +125,28 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         natural = _natural_guide(guide)
         if not natural.blocks:
             poutine.block(natural)(*args, **kwargs)
-        progress = self._progress.setdefault(natural, _Progress())
+        if natural not in self._progress:
+            self._progress[natural] = Progress(natural)
+        progress = self._progress[natural]
         progress.check_optimizer()
-        with poutine.trace(param_only=True):
-            params = [natural.params_of(block) for block in natural.blocks]
-        if progress.count and progress.count % self.inverses_every == 0:
+        since = progress.count % self.inverses_every
+        params = progress.parameters.current()
+        if progress.count and not since:
             params = self._refresh(natural, params, progress)
+        if since % min(self.inverses_every, PRIOR_EVERY) == 0:
+            progress.priors = {}
         statistics = progress.count % self.statistics_every == 0
         step = self._step(model, natural, args, kwargs)
-        result, leaves = step(args, kwargs, params, statistics)
-        loss = float(result.loss)
-        self._check_finite(loss, result, natural, progress.count)
+        result, leaves = step(args, kwargs, params, statistics, progress.priors)
+        loss = self._checked_loss(result, natural, progress)
         progress.count += 1
+        progress.priors = result.priors
         if statistics:
             progress.add(result)
         self._write(natural, params, result, progress)
         for leaf, grad in zip(leaves, result.parameters, strict=True):
             leaf.grad = grad.reshape(leaf.shape)
-        _tell_svi(leaves)
+        progress.parameters.tell(leaves)
         return loss
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
@@ -159,151 +177,59 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         return self._steps[key]
 
     def _report(self, step: Step) -> None:
-        if len(self._steps) == 1 and step.reasons:
-            lines = "; ".join(
-                f"{name!r}: {why}"
-                for name, why in step.reasons.items()
-                if step.graph.structure.sites[name].transform is None
+        """Say once which sites' curvature is noisier than it could be."""
+        sites = step.graph.structure.sites
+        lines = [f"{n!r}: {why}" for n, why in step.estimator.reasons.items() if sites[n].transform is None]
+        if lines and len(self._steps) == 1:
+            warnings.warn(
+                "the curvature of some sites is estimated from whole-batch gradients, with more noise: "
+                + "; ".join(lines)
+                + ".",
+                RuntimeWarning,
+                stacklevel=5,
             )
-            if lines:
-                warnings.warn(
-                    f"the curvature of some sites is estimated from whole-batch gradients, with more noise: {lines}.",
-                    RuntimeWarning,
-                    stacklevel=5,
-                )
 
-    def _refresh(self, guide: NaturalGuide, params: list[dict[str, Tensor]], progress: _Progress) -> Any:
+    def _refresh(self, guide: NaturalGuide, params: list[dict[str, Tensor]], progress: Progress) -> Any:
         """Second moments into bases and factors."""
-        for number, block in enumerate(guide.blocks):
-            targets = progress.mean(number, drop=False)
+        for number, (block, leaves) in enumerate(zip(guide.blocks, progress.parameters.leaves, strict=True)):
+            targets = progress.mean(number)
             with torch.no_grad():
-                if block.family == "eigen" and "row_moment" in targets:
-                    block.refresh(params[number], self.curvature_rate, targets)  # type: ignore[attr-defined]
-                elif self.settings.factored and block.family == "matrix" and targets:
+                if isinstance(block, EigenBlock) and "row_moment" in targets:
+                    block.refresh(params[number], leaves, self.curvature_rate, targets)
+                elif self.settings.factored and isinstance(block, MatrixBlock) and "row_moment" in targets:
                     moments = progress.averaged(number, targets, self.curvature_rate)
-                    block.set_factored(params[number], **moments)  # type: ignore[attr-defined]
-        progress.forget_moments()
-        with poutine.trace(param_only=True):
-            return [guide.params_of(block) for block in guide.blocks]
+                    block.set_factored(leaves, **moments)
+        progress.forget()
+        return progress.parameters.current()
 
-    def _write(self, guide: NaturalGuide, params: Any, result: Result, progress: _Progress) -> None:
+    def _write(self, guide: NaturalGuide, params: Any, result: Result, progress: Progress) -> None:
         due = progress.count % self.inverses_every == 0
-        leaves = []
-        for number, block in enumerate(guide.blocks):
+        for number, (block, leaves) in enumerate(zip(guide.blocks, progress.parameters.leaves, strict=True)):
             gradients = {"loc": -result.directions[number]}
             natural = {"loc": Natural("loc")}
-            scales = [name for name in block.parameters if name != "loc"]
-            if due if block.family == "matrix" else result.targets[number]:
-                targets = progress.mean(number, drop=True) if block.family == "matrix" else result.targets[number]
-                targets = {name: targets[name] for name in scales if name in targets}
-                if targets:
-                    gradients.update(block.scale_gradients(params[number], targets))
-                    count = progress.taken if block.family == "matrix" else 1
-                    for name in scales:
-                        natural[name] = Natural(block.parameters[name], targets[name], count)
-            for name in block.parameters:
-                leaf: Any = params[number][name].unconstrained()  # type: ignore[operator]
+            in_factors = block.family == "matrix"  # updated with the inverses; scales at once
+            found = (progress.mean(number) if due else {}) if in_factors else result.targets[number]
+            targets = {name: found[name] for name in block.parameters if name in found}
+            if targets:
+                gradients.update(block.scale_gradients(params[number], targets))
+                count = progress.events if in_factors else 1
+                natural.update({n: Natural(block.parameters[n], t, count) for n, t in targets.items()})
+            for name, leaf in leaves.items():
                 leaf.grad = gradients[name].reshape(leaf.shape) if name in gradients else None
                 setattr(leaf, NATURAL, natural.get(name))
-                leaves.append(leaf)
-        progress.remember(leaves)
-        _tell_svi(leaves)
+        progress.remember()
 
-    def _check_finite(self, loss: float, result: Result, guide: NaturalGuide, count: int) -> None:
-        bad = [
-            "+".join(block.names)
-            for block, direction in zip(guide.blocks, result.directions, strict=True)
-            if not torch.isfinite(direction).all()
-        ]
-        if bad or loss != loss or loss in (float("inf"), -float("inf")):
-            where = f"the gradient is not finite at sites {bad}" if bad else f"the loss is {loss}"
-            raise RuntimeError(
-                f"at step {count} {where}; the parameters keep their last finite values. Check the data for NaN and "
-                "their scale, lower lr, or start closer to the prior mean (init_scale=, init_loc_fn=)."
-            )
-
-
-class _Progress:
-    """How far the training of one guide is."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.taken = 0
-        self._targets: list[dict[str, Tensor]] = []
-        self._moments: dict[int, dict[str, Tensor]] = {}
-        self._events = 0
-        self._first: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        self._checked = False
-
-    def add(self, result: Result) -> None:
-        if not self._targets:
-            self._targets, self._events = [dict(block) for block in result.targets], 1
-            return
-        for block, fresh in zip(self._targets, result.targets, strict=True):
-            for name, value in fresh.items():
-                block[name] = block.get(name, 0.0) + value
-        self._events += 1
-
-    def mean(self, number: int, *, drop: bool) -> dict[str, Tensor]:
-        if not self._targets:
-            return {}
-        self.taken = self._events
-        found = {name: value / self._events for name, value in self._targets[number].items()}
-        del drop
-        return found
-
-    def averaged(self, number: int, fresh: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
-        """Bias-corrected running means."""
-        state = self._moments.setdefault(number, {})
-        weight = state.get("weight", torch.zeros(()))
-        state["weight"] = torch.lerp(weight, torch.ones(()), rate)
-        for name, value in fresh.items():
-            state[name] = torch.lerp(state.get(name, torch.zeros_like(value)), value, rate)
-        return {name: value / state["weight"].to(value) for name, value in state.items() if name != "weight"}
-
-    def forget_moments(self) -> None:
-        self._targets, self._events = [], 0
-
-    def remember(self, leaves: list[Any]) -> None:
-        """At the first step, where each location stood and where its gradient points."""
-        if self._checked or self._first is not None:
-            return
-        moved = [leaf for leaf in leaves if getattr(leaf, NATURAL, None) and getattr(leaf, NATURAL).kind == "loc"]
-        self._first = [(leaf, leaf.detach().clone(), leaf.grad.clone()) for leaf in moved]
-
-    def check_optimizer(self) -> None:
-        """:raises ValueError: if the first step was not along the natural gradient, as Adam's is not."""
-        if self._first is None or self._checked:
-            return
-        for leaf, before, grad in self._first:
-            step = before - leaf.detach()
-            sizes = step.norm() * grad.norm()
-            if sizes > 0 and (step * grad).sum() < 0.99 * sizes:
-                raise ValueError(
-                    "the optimizer does not step along the natural gradient that it is given: it rescales every entry, "
-                    "as Adam does, which undoes it. Use bnn.guides.NaturalGradientDescent (or pyro.optim.SGD); for "
-                    "Adam, use pyro.infer.Trace_ELBO in place of TraceNaturalGradient_ELBO."
-                )
-        self._first, self._checked = None, True
-
-
-class _Handle:
-    """What ``SVI`` asks a parameter for."""
-
-    __slots__ = ("leaf",)
-
-    def __init__(self, leaf: Tensor) -> None:
-        self.leaf = leaf
-
-    def unconstrained(self) -> Tensor:
-        return self.leaf
-
-
-def _tell_svi(leaves: list[Any]) -> None:
-    """A ``param`` statement for each leaf, without computing its constrained value."""
-    statement = pyro.poutine.runtime.effectful(type="param")(lambda handle: handle)
-    for leaf in leaves:
-        statement(_Handle(leaf), name=f"bnn.{id(leaf)}")
+    def _checked_loss(self, result: Result, guide: NaturalGuide, progress: Progress) -> float:
+        loss, size = float(result.loss), float(result.size)
+        if math.isfinite(loss) and math.isfinite(size):
+            return loss
+        pairs = zip(guide.blocks, result.directions, strict=True)
+        bad = ["+".join(block.names) for block, direction in pairs if not torch.isfinite(direction).all()]
+        what = f"the gradient is not finite at sites {bad}" if bad else f"the loss is {loss}"
+        raise RuntimeError(
+            f"at step {progress.count} {what}; the parameters keep their last finite values. Check the data for NaN "
+            "and their scale, lower lr, or start closer to the prior mean (init_scale=, init_loc_fn=)."
+        )
 
 
 def _natural_guide(guide: Any) -> NaturalGuide:

@@ -1,0 +1,317 @@
+"""What one draw of the latent sites says about the objective: its value, gradients, and curvature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnn.curvature import Capture
+from bnn.guides._base import NaturalGuide
+from bnn.guides._blocks import Block, Curvature, Params
+from bnn.guides._perturbed import Layer, Perturbation, layers_of
+from bnn.guides._thin import Thin, is_thin, thin_direction
+from bnn.model_graph import Key, ModelGraph, Terms, reaching
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a step depends on besides model, guide and shapes."""
+
+    curvature: str
+    label_samples: int
+    kl_weight: float
+    stick_the_landing: bool
+    factored: bool
+    extrinsic_damping: float
+    trust_region: float | None
+    noise: str
+    num_particles: int
+    vectorize_particles: bool
+    compile: str
+
+
+@dataclass
+class Estimate:
+    """What one draw gives.
+
+    :ivar loss: minus the objective.
+    :ivar whitened: per block, the whitened gradient of its location; for a thin block, its direction instead.
+    :ivar targets: per block, what the scale parameters are drawn to; empty without statistics.
+    :ivar parameters: gradients of the loss with respect to the model's parameters.
+    """
+
+    loss: Tensor
+    whitened: list[Tensor | Thin]
+    targets: list[dict[str, Tensor]]
+    parameters: list[Tensor]
+
+
+class Estimator:
+    """Estimates for one model, guide and set of settings.
+
+    :param graph: the model's graph.
+    :param guide: the guide.
+    :param settings: what is computed.
+    :param inputs: example rows and data.
+    :ivar perturbed: sites whose noise is put at the outputs of layers.
+    :ivar thin: numbers of the blocks whose direction is computed from thin factors.
+    :ivar reasons: site -> why its gradients per datum are not captured.
+    """
+
+    def __init__(self, graph: ModelGraph, guide: NaturalGuide, settings: Settings, inputs: Sequence[Tensor]) -> None:
+        self.graph, self.guide, self.settings = graph, guide, settings
+        self.capture: Capture | None = None
+        self.reparametrized: set[str] = set()
+        self.known_precision: set[str] = set()
+        self.perturbed: dict[str, list[Layer]] = {}
+        self.thin: set[int] = set()
+        self.reasons: dict[str, str] = {}
+        if graph.graph is not None:
+            self._inspect(inputs)
+
+    # ---- which site is treated how
+
+    def _inspect(self, inputs: Sequence[Tensor]) -> None:
+        assert self.graph.graph is not None
+        nodes = list(self.graph.graph.graph.nodes)
+        output = next(node for node in nodes if node.op == "output")
+        ends = dict(zip(self.graph.keys, output.args[0], strict=True))
+        placeholders = [node for node in nodes if node.op == "placeholder"]
+        starts = dict(zip(self.graph.structure.sites, placeholders, strict=False))
+        factors = [n for (kind, name, _), n in ends.items() if kind == "likelihood" and name not in self.graph.observed]
+        behind_factors, of_prior = reaching(factors), {n: reaching([ends["prior", n, 0]]) for n in starts}
+        for name, node in starts.items():
+            if self.settings.curvature == "reparametrization" or node in behind_factors:
+                self.reparametrized.add(name)
+            if ("precision", name, 0) in ends and not any(node in of_prior[n] for n in starts if n != name):
+                self.known_precision.add(name)
+        if self.settings.curvature == "reparametrization":
+            return
+        self.capture = Capture(self.graph, inputs, self.graph.parameters)
+        self.reasons = {n: why for n, why in self.capture.unrecognised.items() if n not in self.reparametrized}
+        if self.settings.noise != "weights":
+            fixed = {n for n in self.known_precision if not any(starts[m] in of_prior[n] for m in starts if m != n)}
+            self._choose_perturbed(fixed)
+
+    def _choose_perturbed(self, fixed: set[str]) -> None:
+        """Captured sites with a fixed Normal prior, whose divergence is known."""
+        assert self.capture is not None
+        captured = [name for name in self.captured() if name in fixed]
+        uses = {name: self.capture.uses[name] for name in captured}
+        for number, block in enumerate(self.guide.blocks):
+            for names in _groups(block):
+                layers = layers_of(block, names, {name: uses[name] for name in names if name in uses})
+                if layers is not None:
+                    self.perturbed.update(dict.fromkeys(names, layers))
+            if block.names[0] in self.perturbed and not self.settings.extrinsic_damping:
+                if is_thin(block, self.perturbed[block.names[0]]):
+                    self.thin.add(number)
+
+    def captured(self) -> list[str]:
+        """Sites whose gradients per datum are captured."""
+        return [] if self.capture is None else [n for n in self.capture.uses if n not in self.reparametrized]
+
+    # ---- one draw
+
+    def __call__(
+        self,
+        params: Sequence[Params],
+        noises: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        parameters: list[Tensor],
+        statistics: bool,
+        prior_directions: Mapping[int, Tensor],
+        eager_parameters: Callable[[], list[Tensor]] | None = None,
+    ) -> Estimate:
+        """The estimate at one draw.
+
+        :param params: constrained parameters of each block.
+        :param noises: standard normal numbers in the shape of each block.
+        :param inputs: rows and data.
+        :param parameters: values of the model's parameters.
+        :param statistics: whether curvature is estimated.
+        :param prior_directions: for thin blocks, the prior's part of the direction if it is known.
+        :param eager_parameters: gives the model's parameters after a run by handlers.
+        """
+        blocks, weight = self.guide.blocks, self.settings.kl_weight
+        draws = [self._spread(block, p, noise) for block, p, noise in zip(blocks, params, noises, strict=True)]
+        perturbation = self._perturbation(params, noises, statistics) if self.perturbed else None
+        with torch.enable_grad():
+            leaves: dict[str, Tensor] = {}
+            for block, p, (spread, _) in zip(blocks, params, draws, strict=True):
+                for name, value in block.split(p["loc"] if spread is None else p["loc"] + spread).items():
+                    leaves[name] = value.detach().requires_grad_()
+            values, jacobian = self._constrain(leaves)
+            own = [parameter.detach().requires_grad_() for parameter in parameters]
+            terms, env = self._terms(values, inputs, own, statistics, perturbation)
+            if eager_parameters is not None:
+                own = eager_parameters()
+            prior = torch.as_tensor(sum(terms.prior.values())) + jacobian
+            likelihood = torch.as_tensor(sum(value.sum() for value in terms.likelihood.values()))
+            thin_names = [name for number in sorted(self.thin) for name in blocks[number].names]
+            nodes = [] if self.capture is None else self.capture.nodes(thin_names)
+            fat = {name: leaf for name, leaf in leaves.items() if name not in thin_names}
+            of_prior = gradients(prior, [*leaves.values(), *own])
+            of_likelihood = gradients(likelihood, [*fat.values(), *own, *(env[node] for node in nodes)])
+            probes = self._probes(terms, env, leaves) if statistics else None
+        g_prior = dict(zip(leaves, of_prior, strict=False))
+        g_likelihood = dict(zip(fat, of_likelihood, strict=False))
+        g_nodes = dict(zip(nodes, of_likelihood[len(fat) + len(own) :], strict=True))
+        g_own = zip(of_likelihood[len(fat) : len(fat) + len(own)], of_prior[len(leaves) :], strict=True)
+        result = Estimate(likelihood, [], [], [-(a + weight * b) for a, b in g_own])
+        entropy = torch.zeros_like(likelihood)
+        for number, (block, p, noise, (spread, landing)) in enumerate(zip(blocks, params, noises, draws, strict=True)):
+            entropy = entropy + self._entropy(block, p, landing, terms)
+            if number in self.thin:
+                assert self.capture is not None
+                uses = {id(use): (use, data) for n in block.names for use, data in self.capture.uses[n]}
+                prior_gradient, known = block.join(g_prior), prior_directions.get(number)
+                result.whitened.append(
+                    thin_direction(block, p, list(uses.values()), env, g_nodes, weight, prior_gradient, known)
+                )
+                plain = noise
+                total = noise
+            else:
+                total = block.join({n: g_likelihood[n] / weight + g_prior[n] for n in block.names})
+                plain = block.whiten(p, total)
+                lands = self.settings.stick_the_landing and landing is not None
+                result.whitened.append(plain + landing if lands and landing is not None else plain)
+            sample = _Sample(noise, spread, plain, g_prior, total, terms)
+            result.targets.append({} if probes is None else self._targets(block, p, sample, env, probes))
+        result.loss = (-(likelihood + weight * (prior + entropy))).detach()
+        return result
+
+    def _spread(self, block: Block, params: Params, noise: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to the location, and the noise that sticks the landing: none where layers get the noise."""
+        apart = [name in self.perturbed for name in block.names]
+        if all(apart):
+            return None, None
+        if not any(apart):
+            return block.spread(params, noise), noise
+        ones = block.split(torch.ones_like(noise))
+        mask = block.join({name: one * (name not in self.perturbed) for name, one in ones.items()})
+        return block.spread(params, noise) * mask, noise * mask
+
+    def _perturbation(self, params: Sequence[Params], noises: Sequence[Tensor], statistics: bool) -> Perturbation:
+        # Fresh noise per output has no weights to differentiate through: squares of its gradients are too small.
+        kind = "flipout" if self.settings.noise == "local" and statistics else self.settings.noise
+        perturbation = Perturbation(kind)
+        for block, p, noise in zip(self.guide.blocks, params, noises, strict=True):
+            for names in _groups(block):
+                if names[0] in self.perturbed:
+                    perturbation.add(self.perturbed[names[0]], block.factors(p, noise, names))
+        return perturbation
+
+    def _entropy(self, block: Block, params: Params, landing: Tensor | None, terms: Terms) -> Tensor:
+        """−log q at the draw; where layers get the noise, the part of −KL that log p at the location leaves out."""
+        result = block.log_det(params) + 0.5 * block.numel * math.log(2 * math.pi)
+        if landing is not None:
+            result = result + 0.5 * landing.square().sum()
+        names = [name for name in block.names if name in self.perturbed]
+        if names:
+            variances = block.split(block.variance(params))
+            result = (
+                result
+                + torch.stack([0.5 * (1.0 - terms.precision[name] * variances[name]).sum() for name in names]).sum()
+            )
+        return result
+
+    def _constrain(self, leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | float]:
+        values, jacobian = {}, 0.0
+        for name, site in self.graph.structure.sites.items():
+            value = leaves[name]
+            if site.transform is None:
+                values[name] = value
+            else:
+                values[name] = site.transform(value)
+                jacobian = jacobian + site.transform.log_abs_det_jacobian(value, values[name]).sum()
+        return values, jacobian
+
+    def _terms(
+        self,
+        values: Mapping[str, Tensor],
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        statistics: bool,
+        perturbation: Perturbation | None,
+    ) -> tuple[Terms, Mapping[Any, Any]]:
+        if self.graph.graph is None:
+            return self.graph.terms(values, inputs), {}
+
+        def wanted(key: Key) -> bool:
+            return statistics or key[0] != "probe"
+
+        sites = list(self.capture.uses) if self.capture is not None and (statistics or self.thin) else []
+        keep = self.capture.sources(sites) if self.capture is not None else set()
+        return self.graph(values, inputs, parameters, wanted=wanted, keep=keep, after=perturbation)
+
+    # ---- curvature
+
+    def _probes(self, terms: Terms, env: Mapping[Any, Any], leaves: Mapping[str, Tensor]) -> list[tuple[Any, Any]]:
+        """For each probe, gradients at the outputs of layers, and at the sites that are not captured."""
+        captured = self.captured()
+        nodes = [] if self.capture is None else self.capture.nodes(captured)
+        others = [n for n in leaves if n not in captured and n not in self.reparametrized]
+        found = []
+        for probe in terms.probes:
+            total = torch.as_tensor(sum(value.sum() for value in probe.values()))
+            all_gradients = gradients(total, [*(env[node] for node in nodes), *(leaves[n] for n in others)])
+            grads = dict(zip(nodes, all_gradients, strict=False))
+            found.append((grads, dict(zip(others, all_gradients[len(nodes) :], strict=True))))
+        return found
+
+    def _targets(
+        self, block: Block, params: Params, sample: _Sample, env: Mapping[Any, Any], probes: list[tuple[Any, Any]]
+    ) -> dict[str, Tensor]:
+        if all(name in self.reparametrized for name in block.names):
+            return block.reparametrized_targets(sample.noise, sample.plain)
+        precision = {}
+        for name in block.names:
+            if name in self.known_precision and name not in self.reparametrized:
+                precision[name] = sample.terms.precision[name]
+                continue
+            # Stein's identity: E[∂ log p(v) (v − μ)] / σ² is the mean second derivative
+            assert sample.spread is not None
+            slope = block.split(sample.total)[name] if name in self.reparametrized else sample.g_prior[name]
+            precision[name] = -slope * block.split(sample.spread)[name] / block.split(block.variance(params))[name]
+        curvature = Curvature(
+            uses={} if self.capture is None else {n: self.capture.uses[n] for n in self.captured()},
+            env=env,
+            grads=[grads for grads, _ in probes],
+            universal=[universal for _, universal in probes],
+            precision=precision,
+            weight=1.0 / self.settings.kl_weight,
+        )
+        factored = self.settings.factored and block.family == "matrix"
+        return block.factored_targets(curvature) if factored else block.targets(params, curvature)
+
+
+@dataclass
+class _Sample:
+    """One draw of a block: its noise ε, the spread C(ε), whitened and plain gradients of the objective."""
+
+    noise: Tensor
+    spread: Tensor | None
+    plain: Tensor
+    g_prior: Mapping[str, Tensor]
+    total: Tensor
+    terms: Terms
+
+
+def _groups(block: Block) -> list[list[str]]:
+    """Sites that get their noise together."""
+    return [[name] for name in block.names] if block.family == "factorized" else [block.names]
+
+
+def gradients(total: Tensor, wrt: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of ``total``, zero where it does not depend."""
+    if not wrt:
+        return []
+    if not total.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in wrt]
+    return list(torch.autograd.grad(total, wrt, retain_graph=True, materialize_grads=True))

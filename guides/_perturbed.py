@@ -1,0 +1,171 @@
+"""Noise added to the outputs of layers in place of their weights.
+
+A block's noise is W − M = R (σ ∘ E) Cᵀ with E_ij ~ N(0, 1): R = U, C = V for a matrix normal, eigenvectors for an
+eigenbasis, nothing for a factorized Gaussian. A layer's output for the inputs a is then a Mᵀ plus, with ã = a C,
+
+    "shared"    ã (σ ∘ E)ᵀ Rᵀ                          the same weights for all data, by associativity;
+    "flipout"   ((ã ∘ s_n) (σ ∘ E)ᵀ ∘ r_n) Rᵀ          signs s, r for every datum (Wen et al. 2018). They flip the noise
+                                                       where its entries are independent, not the weights;
+    "local"     (√(ã² (σ²)ᵀ) ∘ ζ_n) Rᵀ                 fresh noise for every output (Kingma et al. 2015).
+
+All give each datum the same law of its outputs. "local" draws the places of a datum (time steps, pixels) independently,
+which is another law, so where there are several it becomes "flipout".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from bnn.guides._blocks import Block, Factors
+from bnn.layers import Use
+from bnn.per_datum import Arrangement, Place, placed
+from bnn.per_datum import Block as Data
+
+NOISES = ("weights", "shared", "flipout", "local")
+
+
+@dataclass
+class Layer:
+    """One use of a block's weights.
+
+    :ivar weight: its place in the block's matrix.
+    :ivar bias: that of the bias, if it is in the same matrix.
+    :ivar shape: the matrix's shape.
+    :ivar flipped: whether the block's matrix has inputs for rows, so that it is taken the other way round.
+    """
+
+    use: Use
+    data: Data
+    weight: Arrangement
+    bias: Arrangement | None
+    shape: tuple[int, int]
+    flipped: bool
+
+    def rows_of_output(self) -> int:
+        """How many rows the use has: data times places."""
+        return self.use.node.meta["val"].numel() // len(self.weight.rows)
+
+    def inputs(self, env: Mapping[Node, Any], dtype: torch.dtype) -> Tensor:
+        """Rows in the columns of the block's matrix."""
+        a = self.use.inputs(env).to(dtype)
+        a = placed(a if self.weight.factor == 1.0 else a * self.weight.factor, self.weight.columns, self.shape[1])
+        if self.bias is None:
+            return a
+        column = self.bias.columns[0]
+        constant = a.new_full((len(a), 1), self.bias.factor)
+        return torch.cat([a[:, :column], constant, a[:, column + 1 :]], 1)
+
+    def outputs(self, rows: Tensor) -> Tensor:
+        """Rows of the block's matrix in the shape of the layer's output."""
+        assert self.use.unrows is not None
+        whole = self.weight.rows == list(range(rows.shape[1]))
+        return self.use.unrows(rows if whole else rows[:, torch.tensor(self.weight.rows, device=rows.device)])
+
+
+def layers_of(block: Block, names: Sequence[str], uses: Mapping[str, Sequence[tuple[Use, Data]]]) -> list[Layer] | None:
+    """The layers that ``names`` of a block are used in, or None if noise cannot be added to their outputs."""
+    found = {id(use): (use, data) for name in names for use, data in uses.get(name, ())}
+    if not found or any(name not in uses for name in names):
+        return None
+    places, shape = block.matrix_of(names)
+    for flipped in (False, True):
+        if flipped:
+            places, shape = {n: Place(p.columns, p.rows) for n, p in places.items()}, (shape[1], shape[0])
+        layers = [_layer(use, data, places, shape, flipped) for use, data in found.values()]
+        nodes = [use.node for use, _ in found.values()]
+        if all(layer is not None for layer in layers) and len(set(nodes)) == len(nodes):
+            return layers  # type: ignore[return-value]
+    return None
+
+
+def _layer(use: Use, data: Data, places: Mapping[str, Place], shape: tuple[int, int], flipped: bool) -> Layer | None:
+    try:
+        weight, bias = Arrangement.of(use.weight, places), Arrangement.of(use.bias, places)
+    except ValueError:
+        return None
+    if weight is None or use.unrows is None or not weight.outputs_are_rows:
+        return None
+    if bias is not None and (not bias.outputs_are_rows or bias.rows != weight.rows):
+        return None
+    return Layer(use, data, weight, bias, shape, flipped)
+
+
+class Perturbation:
+    """Adds the noise of blocks to the outputs of their layers while a model's graph is replayed.
+
+    :param kind: one of :data:`NOISES` but ``"weights"``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._layers: dict[Node, list[tuple[Layer, Callable[[Layer, Tensor], Tensor]]]] = {}
+
+    def add(self, layers: Sequence[Layer], factors: Factors) -> None:
+        """Noise for the layers of one block."""
+        if layers[0].flipped:
+            scale = None if factors.scale is None else factors.scale.mT
+            factors = Factors(factors.columns, scale, factors.rows, factors.noise.mT)
+        noise = self._shared(factors) if self.kind == "shared" else self._per_datum(factors)
+        for layer in layers:
+            self._layers.setdefault(layer.use.node, []).append((layer, noise))
+
+    def __call__(self, node: Node, value: Any, env: Mapping[Node, Any]) -> Any:
+        """The value of ``node``, with noise if it is a layer's output."""
+        for layer, noise in self._layers.get(node, ()):
+            value = value + layer.outputs(noise(layer, layer.inputs(env, value.dtype)))
+        return value
+
+    def _shared(self, factors: Factors) -> Callable[[Layer, Tensor], Tensor]:
+        scaled = factors.noise if factors.scale is None else factors.scale * factors.noise
+
+        def noise(layer: Layer, a: Tensor) -> Tensor:
+            return _times(_times(a, factors.columns) @ scaled.mT, _transposed(factors.rows))
+
+        return noise
+
+    def _per_datum(self, factors: Factors) -> Callable[[Layer, Tensor], Tensor]:
+        scaled = factors.noise if factors.scale is None else factors.scale * factors.noise
+        signs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+        def noise(layer: Layer, a: Tensor) -> Tensor:
+            inner, data = _times(a, factors.columns), layer.data
+            if self.kind == "local" and len(a) == data.count:
+                squares = inner.square()
+                if factors.scale is None:
+                    variance = squares.sum(-1, keepdim=True)
+                else:
+                    variance = squares @ factors.scale.square().mT
+                fresh = torch.randn(len(a), len(scaled), dtype=a.dtype, device=a.device)
+                return _times(variance.clamp_min(1e-30).sqrt() * fresh, _transposed(factors.rows))
+            key = (data.start, data.count)
+            if key not in signs:  # a datum keeps its signs in every place and use
+                like = {"dtype": a.dtype, "device": a.device}
+                signs[key] = tuple(  # type: ignore[assignment]
+                    torch.randint(2, (data.count, n), **like) * 2 - 1 for n in reversed(scaled.shape)
+                )
+            of_inputs, of_outputs = (_by_row(sign, data, len(a)) for sign in signs[key])
+            return _times(((inner * of_inputs) @ scaled.mT) * of_outputs, _transposed(factors.rows))
+
+        return noise
+
+
+def _by_row(signs: Tensor, data: Data, rows: int) -> Tensor:
+    """Signs of the datum of each row."""
+    if rows == data.count:
+        return signs
+    outer = rows // (data.count * data.inner)
+    return signs[None, :, None].expand(outer, -1, data.inner, -1).reshape(rows, -1)
+
+
+def _times(x: Tensor, matrix: Tensor | None) -> Tensor:
+    return x if matrix is None else x @ matrix
+
+
+def _transposed(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else matrix.mT

@@ -1,0 +1,149 @@
+"""How far the training of one guide is: its parameters as they stand, running means, and what to check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import transform_to
+
+from bnn.guides._base import NaturalGuide
+from bnn.guides._step import Result
+
+
+class Parameters:
+    """The constrained parameters of a guide's blocks, computed anew only where an optimizer has moved them.
+
+    :ivar leaves: per block, name -> the unconstrained tensor that optimizers move.
+    """
+
+    def __init__(self, guide: NaturalGuide) -> None:
+        self.guide = guide
+        self.names: dict[int, str] = {}
+        self.leaves: list[dict[str, Any]] = []
+        self._values: list[dict[str, Tensor]] = []
+        self._versions: list[dict[str, int]] = []
+        self._read()
+
+    def _read(self) -> None:
+        with poutine.trace(param_only=True) as capture:
+            values = [self.guide.params_of(block) for block in self.guide.blocks]
+        self.names = {id(site["value"].unconstrained()): name for name, site in capture.trace.nodes.items()}
+        self.leaves, self._values, self._versions = [], [], []
+        for block, value in zip(self.guide.blocks, values, strict=True):
+            leaves: dict[str, Any] = {}
+            for name in block.parameters:
+                tensor: Any = value[name]
+                leaves[name] = tensor.unconstrained()
+            self.leaves.append(leaves)
+            self._values.append({name: tensor.detach() for name, tensor in value.items()})
+            self._versions.append({name: leaf._version for name, leaf in leaves.items()})
+
+    def current(self) -> list[dict[str, Tensor]]:
+        """Name -> constrained tensor, for each block."""
+        store = dict(pyro.get_param_store().named_parameters())
+        for leaves in self.leaves:
+            for leaf in leaves.values():
+                if store.get(self.names[id(leaf)], leaf) is not leaf:  # the store was loaded or cleared
+                    self._read()
+                    return self._values
+        for number, leaves in enumerate(self.leaves):
+            for name, leaf in leaves.items():
+                if leaf._version != self._versions[number][name]:
+                    constraint = self.guide.constraints[number][name]
+                    self._values[number][name] = transform_to(constraint)(leaf.detach())
+                    self._versions[number][name] = leaf._version
+        return self._values
+
+    def tell(self, others: list[Tensor]) -> None:
+        """A ``param`` statement for each tensor that an optimizer is to move, without computing constrained values."""
+        statement = pyro.poutine.runtime.effectful(type="param")(lambda handle: handle)
+        for leaves in self.leaves:
+            for leaf in leaves.values():
+                statement(_Handle(leaf), name=self.names[id(leaf)])
+        for leaf in others:
+            statement(_Handle(leaf), name=f"parameter_{id(leaf)}")
+
+
+class _Handle:
+    """What ``SVI`` asks a parameter for."""
+
+    __slots__ = ("leaf",)
+
+    def __init__(self, leaf: Tensor) -> None:
+        self.leaf = leaf
+
+    def unconstrained(self) -> Tensor:
+        return self.leaf
+
+
+class Progress:
+    """Steps taken, statistics since the last update of factors, and running means.
+
+    :ivar count: steps taken.
+    :ivar priors: parts of directions that are used again.
+    """
+
+    def __init__(self, guide: NaturalGuide) -> None:
+        self.parameters = Parameters(guide)
+        self.count = 0
+        self.priors: dict[int, Tensor] = {}
+        self.events = 0
+        self._sums: list[dict[str, Tensor]] = []
+        self._moments: dict[int, dict[str, Tensor]] = {}
+        self._first: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self._checked = False
+
+    def add(self, result: Result) -> None:
+        """Take statistics in."""
+        if not self._sums:
+            self._sums = [dict(block) for block in result.targets]
+        else:
+            for block, fresh in zip(self._sums, result.targets, strict=True):
+                for name, value in fresh.items():
+                    block[name] = block[name] + value
+        self.events += 1
+
+    def mean(self, number: int) -> dict[str, Tensor]:
+        """Mean statistics of a block since :meth:`forget`."""
+        return {name: value / self.events for name, value in self._sums[number].items()} if self._sums else {}
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._sums, self.events = [], 0
+
+    def averaged(self, number: int, fresh: Mapping[str, Tensor], rate: float) -> dict[str, Tensor]:
+        """Bias-corrected running means."""
+        state = self._moments.setdefault(number, {})
+        for name, value in {**fresh, "weight": torch.ones(())}.items():
+            state[name] = torch.lerp(state.get(name, torch.zeros_like(value)), value, rate)
+        return {name: value / state["weight"].to(value) for name, value in state.items() if name != "weight"}
+
+    # ---- whether the optimizer follows the gradient
+
+    def remember(self) -> None:
+        """At the first step, where each location stood and where its gradient points."""
+        if self._checked or self._first is not None:
+            return
+        leaves = [leaves["loc"] for leaves in self.parameters.leaves]
+        self._first = [(leaf, leaf.detach().clone(), leaf.grad.clone()) for leaf in leaves]
+
+    def check_optimizer(self) -> None:
+        """:raises ValueError: if the first step was not along the natural gradient, as Adam's is not."""
+        if self._first is None or self._checked:
+            return
+        for leaf, before, grad in self._first:
+            step = before - leaf.detach()
+            sizes = step.norm() * grad.norm()
+            if sizes > 0 and leaf.numel() > 1 and (step * grad).sum() < 0.99 * sizes:
+                self._first = None
+                raise ValueError(
+                    "the optimizer does not step along the natural gradient that it is given: it rescales every entry, "
+                    "as Adam does, which undoes it. Use bnn.guides.NaturalGradientDescent (or pyro.optim.SGD); for "
+                    "Adam, use pyro.infer.Trace_ELBO in place of TraceNaturalGradient_ELBO."
+                )
+        self._first, self._checked = None, True

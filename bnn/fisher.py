@@ -56,11 +56,20 @@ def probes_of(fn: Any, value: Tensor, curvature: str, label_samples: int = 1) ->
     for _ in range(label_samples):
         try:
             with torch.no_grad():
-                labels = fn.sample().detach()
+                labels = _labels(fn).detach()
         except NotImplementedError:
             return f"labels cannot be drawn from {type(base_of(fn)).__name__}"
         probes.append(fn.log_prob(labels) / label_samples**0.5)
     return Probes(probes, shared=True)
+
+
+def _labels(fn: Any) -> Tensor:
+    base = base_of(fn)
+    if isinstance(base, dist.OneHotCategorical):  # its own draw reads values, which cannot be recorded
+        index = dist.Categorical(logits=base.logits).sample().unsqueeze(-1)
+        return (index == torch.arange(base.event_shape[0], device=index.device)).to(base.logits.dtype)
+    labels: Tensor = fn.sample()
+    return labels
 
 
 def _gauss_newton(fn: Any) -> Probes | str:

@@ -57,12 +57,13 @@ class LatentSite:
 
 @dataclass
 class Factors:
-    """W − M = R (σ ∘ E) Cᵀ; None is the unit matrix, or 1."""
+    """W − M = R (σ ∘ E) Cᵀ; None is the unit matrix, or 1. R and C may be lower triangular."""
 
     rows: Tensor | None
     scale: Tensor | None
     columns: Tensor | None
     noise: Tensor
+    triangular: bool = False
 
 
 @dataclass

@@ -116,6 +116,11 @@ class Estimator:
         """Sites whose gradients per datum are captured."""
         return [] if self.capture is None else [n for n in self.capture.uses if n not in self.reparametrized]
 
+    def draws_own_noise(self, block: Block) -> bool:
+        """Whether a step with local noise needs no noise for the block's weights."""
+        layers = [layer for name in block.names for layer in self.perturbed.get(name, ())]
+        return all(name in self.perturbed for name in block.names) and all(layer.is_local for layer in layers)
+
     # ---- one draw
 
     def __call__(
@@ -168,12 +173,8 @@ class Estimator:
         for number, (block, p, noise, (spread, landing)) in enumerate(zip(blocks, params, noises, draws, strict=True)):
             entropy = entropy + self._entropy(block, p, landing, terms)
             if number in self.thin:
-                assert self.capture is not None
-                uses = {id(use): (use, data) for n in block.names for use, data in self.capture.uses[n]}
-                prior_gradient, known = block.join(g_prior), prior_directions.get(number)
-                result.whitened.append(
-                    thin_direction(block, p, list(uses.values()), env, g_nodes, weight, prior_gradient, known)
-                )
+                layers, known = self.perturbed[block.names[0]], prior_directions.get(number)
+                result.whitened.append(thin_direction(p, layers, env, g_nodes, weight, block.join(g_prior), known))
                 plain = noise
                 total = noise
             else:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from bnn.guides._blocks import Block, Factors
+from bnn.guides._triangular import times_lower, times_upper
 from bnn.layers import Use
 from bnn.per_datum import Arrangement, Place, placed
 from bnn.per_datum import Block as Data
@@ -50,6 +51,11 @@ class Layer:
     def rows_of_output(self) -> int:
         """How many rows the use has: data times places."""
         return self.use.node.meta["val"].numel() // len(self.weight.rows)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether every datum meets the weight in one place, so that its outputs can have noise of their own."""
+        return self.rows_of_output() == self.data.count
 
     def inputs(self, env: Mapping[Node, Any], dtype: torch.dtype) -> Tensor:
         """Rows in the columns of the block's matrix."""
@@ -110,7 +116,7 @@ class Perturbation:
         """Noise for the layers of one block."""
         if layers[0].flipped:
             scale = None if factors.scale is None else factors.scale.mT
-            factors = Factors(factors.columns, scale, factors.rows, factors.noise.mT)
+            factors = Factors(factors.columns, scale, factors.rows, factors.noise.mT, factors.triangular)
         noise = self._shared(factors) if self.kind == "shared" else self._per_datum(factors)
         for layer in layers:
             self._layers.setdefault(layer.use.node, []).append((layer, noise))
@@ -125,7 +131,7 @@ class Perturbation:
         scaled = factors.noise if factors.scale is None else factors.scale * factors.noise
 
         def noise(layer: Layer, a: Tensor) -> Tensor:
-            return _times(_times(a, factors.columns) @ scaled.mT, _transposed(factors.rows))
+            return _output(_input(a, factors) @ scaled.mT, factors)
 
         return noise
 
@@ -134,15 +140,15 @@ class Perturbation:
         signs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
         def noise(layer: Layer, a: Tensor) -> Tensor:
-            inner, data = _times(a, factors.columns), layer.data
-            if self.kind == "local" and len(a) == data.count:
+            inner, data = _input(a, factors), layer.data
+            if self.kind == "local" and layer.is_local:
                 squares = inner.square()
                 if factors.scale is None:
                     variance = squares.sum(-1, keepdim=True)
                 else:
                     variance = squares @ factors.scale.square().mT
                 fresh = torch.randn(len(a), len(scaled), dtype=a.dtype, device=a.device)
-                return _times(variance.clamp_min(1e-30).sqrt() * fresh, _transposed(factors.rows))
+                return _output(variance.clamp_min(1e-30).sqrt() * fresh, factors)
             key = (data.start, data.count)
             if key not in signs:  # a datum keeps its signs in every place and use
                 like = {"dtype": a.dtype, "device": a.device}
@@ -150,7 +156,7 @@ class Perturbation:
                     torch.randint(2, (data.count, n), **like) * 2 - 1 for n in reversed(scaled.shape)
                 )
             of_inputs, of_outputs = (_by_row(sign, data, len(a)) for sign in signs[key])
-            return _times(((inner * of_inputs) @ scaled.mT) * of_outputs, _transposed(factors.rows))
+            return _output(((inner * of_inputs) @ scaled.mT) * of_outputs, factors)
 
         return noise
 
@@ -163,9 +169,15 @@ def _by_row(signs: Tensor, data: Data, rows: int) -> Tensor:
     return signs[None, :, None].expand(outer, -1, data.inner, -1).reshape(rows, -1)
 
 
-def _times(x: Tensor, matrix: Tensor | None) -> Tensor:
-    return x if matrix is None else x @ matrix
+def _input(a: Tensor, factors: Factors) -> Tensor:
+    """A C."""
+    if factors.columns is None:
+        return a
+    return times_lower(a, factors.columns) if factors.triangular else a @ factors.columns
 
 
-def _transposed(matrix: Tensor | None) -> Tensor | None:
-    return None if matrix is None else matrix.mT
+def _output(rows: Tensor, factors: Factors) -> Tensor:
+    """Rows Rᵀ."""
+    if factors.rows is None:
+        return rows
+    return times_upper(rows, factors.rows) if factors.triangular else rows @ factors.rows.mT

@@ -9,10 +9,11 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import transform_to
+from torch.distributions import constraints, transform_to
 
 from bnn.guides._base import NaturalGuide
 from bnn.guides._step import Result
+from bnn.guides.natural_gradient_descent import NATURAL
 
 
 class Parameters:
@@ -55,7 +56,7 @@ class Parameters:
             for name, leaf in leaves.items():
                 if leaf._version != self._versions[number][name]:
                     constraint = self.guide.constraints[number][name]
-                    self._values[number][name] = transform_to(constraint)(leaf.detach())
+                    self._values[number][name] = _constrained(leaf.detach(), constraint)
                     self._versions[number][name] = leaf._version
         return self._values
 
@@ -67,6 +68,15 @@ class Parameters:
                 statement(_Handle(leaf), name=self.names[id(leaf)])
         for leaf in others:
             statement(_Handle(leaf), name=f"parameter_{id(leaf)}")
+
+
+def _constrained(leaf: Tensor, constraint: Any) -> Tensor:
+    if constraint is not constraints.lower_cholesky:
+        result: Tensor = transform_to(constraint)(leaf)
+        return result
+    factor = leaf.tril(-1)  # as the transform, without three more matrices
+    factor.diagonal().copy_(leaf.diagonal().exp())
+    return factor
 
 
 class _Handle:
@@ -122,6 +132,12 @@ class Progress:
         for name, value in {**fresh, "weight": torch.ones(())}.items():
             state[name] = torch.lerp(state.get(name, torch.zeros_like(value)), value, rate)
         return {name: value / state["weight"].to(value) for name, value in state.items() if name != "weight"}
+
+    def prior_every(self, inverses_every: int) -> int:
+        """Steps for which the prior's part of a direction may be used again: the rate times them is at most one."""
+        natural = getattr(self.parameters.leaves[0]["loc"], NATURAL, None)
+        rate = None if natural is None else natural.rate
+        return 1 if rate is None else min(inverses_every, int(1.0 / max(rate, 1e-9)) or 1)
 
     # ---- whether the optimizer follows the gradient
 

@@ -34,7 +34,7 @@ class Result:
 
     :ivar loss: minus the objective.
     :ivar size: ∇ᵀ Σ ∇, the squared length of the step at rate 1 in standard deviations of q.
-    :ivar directions: per block, natural gradient of the location.
+    :ivar directions: per block, minus the natural gradient of the location.
     :ivar priors: for blocks whose direction is computed from thin factors, the prior's part.
     :ivar targets: per block, what the scale parameters are drawn to; empty without statistics.
     :ivar parameters: gradients of the loss with respect to the model's parameters.
@@ -89,6 +89,7 @@ class Step:
         plates = [(plate.size, plate.batch_size) for plate in self.graph.plates]
         self._stream = Stream(plates, None, 1, device=device)
         self._programs: dict[Any, _Recorded] = {}
+        self._noises: list[Tensor] = []
 
     @property
     def is_recorded(self) -> bool:
@@ -134,8 +135,7 @@ class Step:
         """
         (rows,) = self._stream.next(1)
         inputs = self.graph.inputs((args, dict(kwargs)), [t[0] for t in rows])
-        lead = (self.settings.num_particles,)
-        noises = [torch.randn(lead + p["loc"].shape, dtype=p["loc"].dtype, device=p["loc"].device) for p in params]
+        noises = self._draw(params, statistics)
         if not self.is_recorded:
             return self._by_handlers(params, noises, inputs, statistics)
         priors = {number: priors[number] for number in sorted(self.estimator.thin) if number in priors}
@@ -149,6 +149,17 @@ class Step:
             )
         recorded = self._programs[key]
         return _unflatten(recorded.program(*tensors), recorded.layout), leaves
+
+    def _draw(self, params: Sequence[Params], statistics: bool) -> list[Tensor]:
+        """Standard normal numbers for each block, into memory that stays; none where layers draw their own."""
+        if not self._noises:
+            count = self.settings.num_particles
+            self._noises = [p["loc"].new_empty((count, *p["loc"].shape)) for p in params]
+        local = self.settings.noise == "local" and not statistics
+        for block, noise in zip(self.guide.blocks, self._noises, strict=True):
+            if not (local and self.estimator.draws_own_noise(block)):
+                noise.normal_()
+        return self._noises
 
     def _record(
         self, keys: list[list[str]], count: int, statistics: bool, known: list[int], tensors: list[Tensor]
@@ -209,7 +220,9 @@ class Step:
         if settings.trust_region is not None:
             root = math.sqrt(sum(block.numel for block in self.guide.blocks))
             scale = (settings.trust_region * root / size.sqrt().clamp_min(1e-30)).clamp_max(1.0)
-            directions = [direction * scale for direction in directions]
+            directions = [direction * -scale for direction in directions]
+        else:
+            directions = [-direction for direction in directions]
         targets = [
             {name: _mean([particle.targets[number][name] for particle in particles]) for name in block}
             for number, block in enumerate(particles[0].targets)

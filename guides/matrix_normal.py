@@ -31,6 +31,7 @@ from torch.distributions import constraints
 from bnn.distributions import MatrixNormal
 from bnn.guides._base import NaturalGuide
 from bnn.guides._blocks import Block, Curvature, Factors, LatentSite, Params
+from bnn.guides._triangular import lower_times_lower, squared_norms, weighted_gram
 from bnn.per_datum import PerDatum, Place, per_datum
 from bnn.recording import untraced
 
@@ -116,7 +117,7 @@ class MatrixBlock(Layout):
 
     def factors(self, params: Params, noise: Tensor, names: Sequence[str]) -> Factors:
         """R = U, C = V."""
-        return Factors(params["row_scale_tril"], None, params["col_scale_tril"], noise)
+        return Factors(params["row_scale_tril"], None, params["col_scale_tril"], noise, triangular=True)
 
     def spread(self, params: Params, noise: Tensor) -> Tensor:
         """U ε Vᵀ."""
@@ -133,15 +134,15 @@ class MatrixBlock(Layout):
 
     def variance(self, params: Params) -> Tensor:
         """(UUᵀ)_ii (VVᵀ)_jj."""
-        rows, cols = (params[name].square().sum(-1) for name in ("row_scale_tril", "col_scale_tril"))
+        rows, cols = (squared_norms(params[name]) for name in ("row_scale_tril", "col_scale_tril"))
         return rows[:, None] * cols
 
     def targets(self, params: Params, curvature: Curvature) -> dict[str, Tensor]:
         """R_U / c and R_V."""
         rows, cols = params["row_scale_tril"], params["col_scale_tril"]
         precision = self.join(curvature.precision)
-        for_cols = cols.mT @ (cols * (rows.square().sum(-1) @ precision)[:, None])
-        for_rows = rows.mT @ (rows * (precision @ cols.square().sum(-1))[:, None])
+        for_cols = weighted_gram(cols, squared_norms(rows) @ precision)
+        for_rows = weighted_gram(rows, precision @ squared_norms(cols))
         gradients = self.gradients_per_datum(curvature)
         if gradients is not None:
             gradients = gradients.transformed(cols, rows)
@@ -197,10 +198,11 @@ class MatrixBlock(Layout):
         """DU = −ρ U φ(R − I), in coordinates where the diagonal is a logarithm; φ halves the diagonal."""
         result = {}
         for name, target in targets.items():
-            half = target.tril(-1) + torch.diag_embed(0.5 * (target.diagonal() - 1.0))
-            change = params[name] @ half
-            diagonal = change.diagonal() / params[name].diagonal()
-            result[name] = change.tril(-1) + torch.diag_embed(diagonal)
+            half = target.tril(-1)
+            half.diagonal().copy_(0.5 * (target.diagonal() - 1.0))
+            change = lower_times_lower(params[name], half)
+            change.diagonal().div_(params[name].diagonal())
+            result[name] = change
         return result
 
     def sample(self, params: Params, plates: Mapping[str, Any]) -> dict[str, Tensor]:

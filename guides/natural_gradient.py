@@ -27,9 +27,6 @@ from bnn.tiers import check_tier
 
 DAMPINGS = ("exact", "factored")
 
-# Steps for which the prior's part of the direction of a large matrix is used again, at most.
-PRIOR_EVERY = 5
-
 
 class TraceNaturalGradient_ELBO(Trace_ELBO):
     """Evidence lower bound with natural gradients for the guides of this package.
@@ -133,7 +130,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         params = progress.parameters.current()
         if progress.count and not since:
             params = self._refresh(natural, params, progress)
-        if since % min(self.inverses_every, PRIOR_EVERY) == 0:
+        if since % progress.prior_every(self.inverses_every) == 0:
             progress.priors = {}
         statistics = progress.count % self.statistics_every == 0
         step = self._step(model, natural, args, kwargs)
@@ -205,7 +202,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
     def _write(self, guide: NaturalGuide, params: Any, result: Result, progress: Progress) -> None:
         due = progress.count % self.inverses_every == 0
         for number, (block, leaves) in enumerate(zip(guide.blocks, progress.parameters.leaves, strict=True)):
-            gradients = {"loc": -result.directions[number]}
+            gradients = {"loc": result.directions[number]}
             natural = {"loc": Natural("loc")}
             in_factors = block.family == "matrix"  # updated with the inverses; scales at once
             found = (progress.mean(number) if due else {}) if in_factors else result.targets[number]

@@ -24,12 +24,14 @@ class Natural:
     :ivar kind: ``"loc"``, ``"scale"`` (a logarithm) or ``"tril"`` (a Cholesky factor with logarithms on its diagonal).
     :ivar target: for a scale, the precision asked for relative to the present one; for a factor, the matrix R.
     :ivar count: how many estimates the target is the mean of.
+    :ivar rate: the rate of the last step, which the optimizer leaves.
     """
 
-    __slots__ = ("kind", "target", "count")
+    __slots__ = ("kind", "target", "count", "rate")
 
     def __init__(self, kind: str, target: Tensor | None = None, count: int = 1) -> None:
         self.kind, self.target, self.count = kind, target, count
+        self.rate: float | None = None
 
 
 class NaturalGradientOptimizer(torch.optim.Optimizer):
@@ -70,6 +72,7 @@ class NaturalGradientOptimizer(torch.optim.Optimizer):
                     self._other(parameter, group["other_lr"] * (lr / first if first else 0.0))
                 elif natural.kind == "loc":
                     self._loc(parameter, lr, group["momentum"])
+                    natural.rate = lr
                 else:
                     share = 1.0 - (1.0 - rate) ** natural.count
                     assert natural.target is not None
@@ -103,16 +106,20 @@ def _step_scale(parameter: Tensor, target: Tensor, rate: float) -> None:
 
 def _step_tril(parameter: Tensor, target: Tensor, rate: float) -> None:
     """U ← U L⁻¹ with Lᵀ L = I + ρ (R − I) and L lower triangular: then (UUᵀ)⁻¹ has moved by the rate."""
-    unit = torch.eye(len(target), dtype=target.dtype, device=target.device)
-    change = rate * (target - unit)
-    factor, failed = torch.linalg.cholesky_ex((unit + change).flip(0, 1))
+    moved = target * rate
+    moved.diagonal().add_(1.0 - rate)
+    factor, failed = torch.linalg.cholesky_ex(moved.flip(0, 1))
     if failed:
-        factor = torch.linalg.cholesky((unit + change + 0.5 * change @ change).flip(0, 1))
+        moved.diagonal().sub_(1.0)
+        corrected = moved + 0.5 * moved @ moved
+        corrected.diagonal().add_(1.0)
+        factor = torch.linalg.cholesky(corrected.flip(0, 1))
     lower = factor.mT.flip(0, 1)
-    logs = parameter.diagonal()
-    scale = parameter.tril(-1) + torch.diag_embed(logs.exp())
-    moved = torch.linalg.solve_triangular(lower, scale, upper=False, left=False)
-    parameter.copy_(moved.tril(-1) + torch.diag_embed(moved.diagonal().log()))
+    scale = parameter.tril(-1)
+    scale.diagonal().copy_(parameter.diagonal().exp())
+    scale = torch.linalg.solve_triangular(lower, scale, upper=False, left=False).tril_()
+    scale.diagonal().log_()
+    parameter.copy_(scale)
 
 
 class NaturalGradientDescent(PyroOptim):

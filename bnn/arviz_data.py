@@ -34,10 +34,14 @@ def to_arviz(
     pred_dims: Mapping[str, Sequence[str]] | None = None,
     batches: Iterable[Any] | None = None,
     thin: int = 1,
+    model_args: tuple[Any, ...] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_samples: int = 1000,
 ) -> Any:
-    """A finished run as ArviZ's data: draws, statistics per draw, data, log-likelihood and predictions.
+    """A finished run, or draws from a guide, as ArviZ's data: draws, statistics per draw, data, log-likelihood and predictions.
 
-    Works for ``bnn.kernels.MCMC`` and for ``pyro.infer.MCMC``, with the kernels here and with Pyro's own. The model
+    Works for ``bnn.kernels.MCMC`` and for ``pyro.infer.MCMC``, with the kernels here and with Pyro's own, and for the
+    guides of ``bnn.guides`` and ``pyro.infer.autoguide``: one chain of ``num_samples`` independent draws. The model
     runs once more over *all* its data, also where it draws minibatches or gets them from a loader, so that data and
     pointwise log-likelihood are complete and their rows correspond (with a loader, in the order of one pass). The
     log-likelihood carries no scale of a minibatch or of ``poutine.scale``, and is zero where the model masks a row. At
@@ -52,7 +56,7 @@ def to_arviz(
     Variables that follow the draws lead with (chain, draw), or with chain times draw as Pyro's ``Predictive`` returns
     them.
 
-    :param posterior: a finished run.
+    :param posterior: a finished run, or a guide.
     :param log_likelihood: the log density of each observation under each draw.
     :param posterior_predictive: a draw of each observed site for each draw of the posterior. Not made by default.
     :param observed_data: the values of the observed sites.
@@ -66,6 +70,9 @@ def to_arviz(
     :param pred_dims: the same for ``predictions`` and ``predictions_constant_data``.
     :param batches: data to run over in place of those of the run.
     :param thin: keep every ``thin``-th draw.
+    :param model_args: the data, for a guide: what ``SVI.step`` was called with.
+    :param model_kwargs: keyword arguments of the model, for a guide.
+    :param num_samples: number of draws from a guide.
     :raises RuntimeError: before the run.
     :raises ValueError: if ``posterior`` is not a run, ``thin`` is no positive whole number, a given variable does not
         fit the draws, or a group that was asked for cannot be made.
@@ -83,6 +90,12 @@ def to_arviz(
     >>> dict(data.log_likelihood.sizes)
     {'chain': 4, 'draw': 50, 'row': 2}
     """
+    if not hasattr(posterior, "get_samples") and hasattr(posterior, "model"):
+        from bnn.guide_draws import GuideRun
+
+        posterior = GuideRun(posterior, model_args, model_kwargs or {}, num_samples)
+    elif model_args or model_kwargs:
+        raise ValueError("model_args and model_kwargs are for guides: a run knows the arguments of its model.")
     samples, stats = _draws_and_stats(posterior)
     if not isinstance(thin, int) or isinstance(thin, bool) or thin < 1:
         raise ValueError(f"thin is {thin!r}; give a whole number of at least 1: every thin-th draw is kept.")
@@ -161,7 +174,8 @@ def _draws_and_stats(posterior: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Draws and statistics of a run, ``(chains, draws, ...)``."""
     if not hasattr(posterior, "get_samples"):
         raise ValueError(
-            f"posterior is {type(posterior).__name__}; give a finished run, bnn.kernels.MCMC or pyro.infer.MCMC."
+            f"posterior is {type(posterior).__name__}; give a finished run, bnn.kernels.MCMC or pyro.infer.MCMC, "
+            "or an automatic guide with its model."
         )
     if getattr(posterior, "_samples", True) is None:
         raise RuntimeError("there are no draws yet: call run(...) first.")
@@ -246,7 +260,8 @@ def _attributes(posterior: Any, thin: int) -> dict[str, Any]:
         attrs["inference_library_version"] = importlib.metadata.version("pyro-bnn" if ours else "pyro-ppl")
     except importlib.metadata.PackageNotFoundError:
         pass
-    attrs["kernel"] = type(kernel).__name__
+    guide = getattr(kernel, "guide", None)
+    attrs.update({"guide": guide} if guide else {"kernel": type(kernel).__name__})
     if hasattr(kernel, "temperature"):
         number = isinstance(kernel.temperature, (int, float))
         attrs["temperature"] = float(kernel.temperature) if number else str(kernel.temperature)

@@ -182,6 +182,19 @@ class NaturalGuide(AutoGuide):
             raise RuntimeError(f"{what} needs the guide's parameters: call the guide, or SVI.step, on the data first.")
 
     @torch.no_grad()
+    def draws(self, num_samples: int) -> dict[str, Tensor]:
+        """Many draws at once: site -> values ``(num_samples, *shape)``."""
+        self._needs_setup("draws")
+        result: dict[str, Tensor] = {}
+        for block in self._blocks:
+            params = {name: tensor.detach() for name, tensor in self.params_of(block).items()}
+            loc = params["loc"]
+            noise = torch.randn(num_samples, *loc.shape, dtype=loc.dtype, device=loc.device)
+            for name, value in block.split(loc + block.spread(params, noise)).items():
+                result[name] = biject_to(self._sites[name].support)(value)
+        return {name: result[name] for name in self._sites}
+
+    @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The median of each site: site -> tensor."""
         self._needs_setup("median")

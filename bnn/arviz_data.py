@@ -38,7 +38,7 @@ def to_arviz(
     model_kwargs: Mapping[str, Any] | None = None,
     num_samples: int = 1000,
 ) -> Any:
-    """A finished run, or draws from a guide, as ArviZ's data: draws, statistics per draw, data, log-likelihood and predictions.
+    """A finished run, or a guide, as ArviZ's data: draws, statistics per draw, data, log-likelihood, predictions.
 
     Works for ``bnn.kernels.MCMC`` and for ``pyro.infer.MCMC``, with the kernels here and with Pyro's own, and for the
     guides of ``bnn.guides`` and ``pyro.infer.autoguide``: one chain of ``num_samples`` independent draws. The model
@@ -254,14 +254,14 @@ def _fit(group: str, name: str, value: Any, shape: tuple[int, int] | None, thin:
 def _attributes(posterior: Any, thin: int) -> dict[str, Any]:
     """What the run was: numbers and strings only, so that they can be written to a file."""
     kernel: Any = getattr(posterior, "kernel", None)
-    ours = type(kernel).__module__.split(".")[0] == "bnn"
+    guide = getattr(kernel, "guide", None)
+    ours = type(guide or kernel).__module__.split(".")[0] == "bnn"
     attrs: dict[str, Any] = {"inference_library": "pyro-bnn" if ours else "pyro"}
     try:
         attrs["inference_library_version"] = importlib.metadata.version("pyro-bnn" if ours else "pyro-ppl")
     except importlib.metadata.PackageNotFoundError:
         pass
-    guide = getattr(kernel, "guide", None)
-    attrs.update({"guide": guide} if guide else {"kernel": type(kernel).__name__})
+    attrs["guide" if guide is not None else "kernel"] = type(kernel if guide is None else guide).__name__
     if hasattr(kernel, "temperature"):
         number = isinstance(kernel.temperature, (int, float))
         attrs["temperature"] = float(kernel.temperature) if number else str(kernel.temperature)

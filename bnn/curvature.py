@@ -188,7 +188,8 @@ class _Trial:
         keep: set[Node],
     ) -> None:
         self.nodes = list(nodes)
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        device = graph.structure.device
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.values = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
             self.generator = torch.Generator().manual_seed(21)
             torch.manual_seed(21)

@@ -23,7 +23,7 @@ class GuideRun:
     def __init__(self, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_samples: int) -> None:
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"num_samples is {num_samples!r}; give the number of draws from the guide, at least 1.")
-        self.kernel = SimpleNamespace(model=guide.model, guide=type(guide).__name__)
+        self.kernel = SimpleNamespace(model=guide.model, guide=guide)
         self._args, self._kwargs = args, dict(kwargs)
         with torch.no_grad():
             if hasattr(guide, "draws"):

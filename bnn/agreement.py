@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from bnn.recording import RecordingError
 from bnn.tiers import Program
 
 if TYPE_CHECKING:
+    from bnn.model_graph import ModelGraph
     from bnn.potential import Potential
 
 # Points at which the energies must be finite, and how many are tried for them.
@@ -93,6 +94,41 @@ def disagreement(potential: Potential, program: Program) -> str | None:
         agreed += 1
         if agreed == POINTS:
             break
+    return None
+
+
+def graph_disagreement(graph: ModelGraph, inputs: Sequence[Tensor]) -> str | None:
+    """What differs between a recorded forward pass and the handlers, in value or gradient; None if nothing does.
+
+    Both draw the same random numbers, if the model draws any.
+    """
+    double = all(site.dtype == torch.float64 for site in graph.structure.sites.values())
+    values = {name: value.detach().clone().requires_grad_() for name, value in graph.values_at_recording.items()}
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in graph.parameters]
+    rows = dict(zip(graph.structure.plates, inputs, strict=False))
+    args, kwargs = graph.arguments(inputs[len(rows) :])
+    with torch.enable_grad(), quiet_handlers(), poutine.block():
+        with torch.random.fork_rng(devices=[]):
+            terms, _ = graph(values, inputs, parameters, wanted=lambda key: key[0] in ("prior", "likelihood"))
+        with torch.random.fork_rng(devices=[]):
+            trace = poutine.trace(poutine.condition(graph.model, {**values, **rows})).get_trace(*args, **kwargs)
+        trace.compute_log_prob()
+        sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+        expected = torch.as_tensor(sum(site["log_prob_sum"] for site in sites))
+        size = sum(torch.as_tensor(site["log_prob"]).detach().abs().sum() for site in sites)
+        found = torch.as_tensor(sum(term.sum() for term in [*terms.prior.values(), *terms.likelihood.values()]))
+        if not torch.isfinite(expected):
+            return None
+        if not abs(found - expected) <= ENERGY_TOLERANCE[double] * (1 + size):
+            return f"its recorded log density is {found.item():.6g}, by the handlers {expected.item():.6g}"
+        leaves = [*values.values(), *parameters]
+        grads = torch.autograd.grad(found, leaves, materialize_grads=True)
+        wanted = torch.autograd.grad(expected, [*values.values(), *graph.parameters], materialize_grads=True)
+    names = [f"site {name!r}" for name in values] + ["a parameter of the model"] * len(parameters)
+    floor = GRAD_TOLERANCE[double] * (1 + max(float(grad.abs().max()) for grad in wanted if grad.numel()))
+    for name, one, other in zip(names, grads, wanted, strict=True):
+        if not (one - other).abs().max() <= floor + SITE_TOLERANCE[double] * other.abs().max():
+            return f"its recorded gradient differs at {name} from the one by the handlers"
     return None
 
 

@@ -132,10 +132,22 @@ class Capture:
                 dead = any(not use.rows(plain[use.node], trial.env).norm() > 0 for use in by_site[site])
                 why = "the gradient at its outputs is zero" if dead else "its outputs mix several data"
                 self.unrecognised[site] = why
+        self.recheck(values, inputs, parameters)
+
+    def recheck(
+        self, values: Mapping[str, Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor]
+    ) -> dict[str, str]:
+        """Compare with autograd, and give up the sites that differ.
+
+        :returns: these sites, and what differs.
+        """
+        wrong = {}
         for site, error in self.disagreement(values, inputs, parameters, list(self.uses)).items():
             if not error < TOLERANCE.get(values[site].dtype, 2e-3):
                 del self.uses[site]
-                self.unrecognised[site] = f"the captured gradient differs from autograd's by {error:.1g}"
+                wrong[site] = f"the captured gradient differs from autograd's by {error:.1g}"
+        self.unrecognised.update(wrong)
+        return wrong
 
 
 @dataclass

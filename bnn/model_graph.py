@@ -19,6 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from bnn.agreement import cause_of, graph_disagreement
 from bnn.fisher import probes_of
 from bnn.log_joint import quiet_handlers
 from bnn.minibatch import Arguments, TensorLeaves
@@ -84,6 +85,7 @@ class ModelGraph:
     :ivar graph: the recording, or None for a model that cannot be recorded; then :meth:`__call__` runs the handlers.
     :ivar cause: why it cannot be recorded.
     :ivar parameters: tensors that require gradients and that the model uses besides its arguments.
+    :ivar seen_parameters: those of its ``pyro.param`` statements at the last run by handlers.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class ModelGraph:
         self.cannot_label: dict[str, str] = {}
         self.keys: list[Key] = []
         self.parameters: list[Tensor] = []
+        self.seen_parameters: list[Tensor] = []
         self.graph: GraphModule | None = None
         self.cause = ""
         values = {name: _example(site) for name, site in self.structure.sites.items()}
@@ -110,8 +113,11 @@ class ModelGraph:
         self.values_at_recording = values
         try:
             self.graph, self.parameters = record_forward(self._flat, [*values.values(), *rows.values(), *self.data])
+            self.cause = graph_disagreement(self, [*rows.values(), *self.data]) or ""
         except RecordingError as error:
-            self.error, self.cause = error, str(error)
+            self.cause = cause_of(error)
+        if self.cause:
+            self.graph, self.parameters = None, []
 
     @property
     def plates(self) -> list[Any]:
@@ -132,12 +138,17 @@ class ModelGraph:
         """
         count = len(self.structure.plates)
         rows = dict(zip(self.structure.plates, inputs[:count], strict=True))
-        args, kwargs = self._leaves.arguments(inputs[count:])
+        args, kwargs = self.arguments(inputs[count:])
         collector = _Collector(values, rows, self.curvature, self.label_samples)
         with quiet_handlers(), poutine.block(), collector:
             self.model(*args, **kwargs)
         self.observed, self.cannot_label = collector.observed, collector.cannot_label
+        self.seen_parameters = list(collector.parameters.values())
         return collector.terms
+
+    def arguments(self, tensors: Sequence[Tensor]) -> Arguments:
+        """The model's arguments with ``tensors`` in them."""
+        return self._leaves.arguments(tensors)
 
     def inputs(self, arguments: Arguments, rows: Sequence[Tensor]) -> list[Tensor]:
         """Inputs of the graph besides the latent values: rows of the plates and tensors among the arguments."""
@@ -218,6 +229,12 @@ class _Collector(Messenger):
         self.terms = Terms()
         self.observed: dict[str, Observed] = {}
         self.cannot_label: dict[str, str] = {}
+        self.parameters: dict[int, Tensor] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        leaf = msg["value"].unconstrained() if hasattr(msg["value"], "unconstrained") else msg["value"]
+        if leaf.requires_grad:
+            self.parameters[id(leaf)] = leaf
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["value"] is None and is_plate(msg):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,15 @@ class Estimator:
         """Sites whose gradients per datum are captured."""
         return [] if self.capture is None else [n for n in self.capture.uses if n not in self.reparametrized]
 
+    def forget(self, names: Container[str]) -> None:
+        """Noise of these sites goes to their weights again."""
+        for number, block in enumerate(self.guide.blocks):
+            for group in _groups(block):
+                if any(name in names for name in group):
+                    self.thin.discard(number)
+                    for name in group:
+                        self.perturbed.pop(name, None)
+
     def draws_own_noise(self, block: Block) -> bool:
         """Whether a step with local noise needs no noise for the block's weights."""
         layers = [layer for name in block.names for layer in self.perturbed.get(name, ())]
@@ -131,7 +140,6 @@ class Estimator:
         parameters: list[Tensor],
         statistics: bool,
         prior_directions: Mapping[int, Tensor],
-        eager_parameters: Callable[[], list[Tensor]] | None = None,
     ) -> Estimate:
         """The estimate at one draw.
 
@@ -141,7 +149,6 @@ class Estimator:
         :param parameters: values of the model's parameters.
         :param statistics: whether curvature is estimated.
         :param prior_directions: for thin blocks, the prior's part of the direction if it is known.
-        :param eager_parameters: gives the model's parameters after a run by handlers.
         """
         blocks, weight = self.guide.blocks, self.settings.kl_weight
         draws = [self._spread(block, p, noise) for block, p, noise in zip(blocks, params, noises, strict=True)]
@@ -154,8 +161,8 @@ class Estimator:
             values, jacobian = self._constrain(leaves)
             own = [parameter.detach().requires_grad_() for parameter in parameters]
             terms, env = self._terms(values, inputs, own, statistics, perturbation)
-            if eager_parameters is not None:
-                own = eager_parameters()
+            if self.graph.graph is None:
+                own = self.graph.seen_parameters
             prior = torch.as_tensor(sum(terms.prior.values())) + jacobian
             likelihood = torch.as_tensor(sum(value.sum() for value in terms.likelihood.values()))
             thin_names = [name for number in sorted(self.thin) for name in blocks[number].names]

@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from bnn.agreement import cause_of
 from bnn.guides._base import NaturalGuide
 from bnn.guides._blocks import Params
 from bnn.guides._estimate import Estimate, Estimator, Settings
@@ -112,7 +110,7 @@ class Step:
         if self.graph.graph is None:
             warnings.warn(
                 "the model cannot be recorded and runs with Pyro's handlers, several times slower, with curvature from "
-                f"whole-batch gradients: {cause_of(self.graph.error)}.",
+                f"whole-batch gradients: {self.graph.cause}.",
                 RuntimeWarning,
                 stacklevel=6,
             )
@@ -150,6 +148,25 @@ class Step:
         recorded = self._programs[key]
         return _unflatten(recorded.program(*tensors), recorded.layout), leaves
 
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], params: Sequence[Params]) -> dict[str, str]:
+        """Compare captured gradients with autograd's at the present guide; sites that differ are not captured any more.
+
+        :returns: site -> what differs.
+        """
+        capture = self.estimator.capture
+        if capture is None or not capture.uses:
+            return {}
+        device = self.graph.structure.device
+        rows = [torch.arange(plate.batch_size, device=device) for plate in self.graph.plates]
+        inputs = self.graph.inputs((args, dict(kwargs)), rows)
+        leaves = {n: v for b, p in zip(self.guide.blocks, params, strict=True) for n, v in b.split(p["loc"]).items()}
+        values = {name: site.constrain(leaves[name]) for name, site in self.graph.structure.sites.items()}
+        wrong = capture.recheck(values, inputs, self.graph.parameters)
+        if wrong:
+            self.estimator.forget(wrong)
+            self._programs.clear()
+        return wrong
+
     def _draw(self, params: Sequence[Params], statistics: bool) -> list[Tensor]:
         """Standard normal numbers for each block, into memory that stays; none where layers draw their own."""
         if not self._noises:
@@ -186,17 +203,11 @@ class Step:
     def _by_handlers(
         self, params: Sequence[Params], noises: Sequence[Tensor], inputs: Sequence[Tensor], statistics: bool
     ) -> tuple[Result, list[Tensor]]:
-        leaves: list[Tensor] = []
-        particles = []
-        for k in range(self.settings.num_particles):
-            with poutine.trace(param_only=True) as capture:
-
-                def own(capture: Any = capture) -> list[Tensor]:
-                    leaves[:] = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
-                    return leaves
-
-                noise = [n[k] for n in noises]
-                particles.append(self.estimator(params, noise, inputs, [], statistics, {}, own))
+        particles = [
+            self.estimator(params, [n[k] for n in noises], inputs, [], statistics, {})
+            for k in range(self.settings.num_particles)
+        ]
+        leaves = self.graph.seen_parameters
         return self._combine(params, particles), leaves
 
     def _combine(self, params: Sequence[Params], particles: Sequence[Estimate]) -> Result:

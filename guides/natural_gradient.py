@@ -134,6 +134,8 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
             progress.priors = {}
         statistics = progress.count % self.statistics_every == 0
         step = self._step(model, natural, args, kwargs)
+        if self.check_every and progress.count and progress.count % self.check_every == 0:
+            self._warn_about(step.check(args, kwargs, params))
         result, leaves = step(args, kwargs, params, statistics, progress.priors)
         loss = self._checked_loss(result, natural, progress)
         progress.count += 1
@@ -176,14 +178,16 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
     def _report(self, step: Step) -> None:
         """Say once which sites' curvature is noisier than it could be."""
         sites = step.graph.structure.sites
-        lines = [f"{n!r}: {why}" for n, why in step.estimator.reasons.items() if sites[n].transform is None]
-        if lines and len(self._steps) == 1:
+        if len(self._steps) == 1:
+            self._warn_about({n: why for n, why in step.estimator.reasons.items() if sites[n].transform is None})
+
+    def _warn_about(self, reasons: Mapping[str, str]) -> None:
+        if reasons:
+            lines = "; ".join(f"{name!r}: {why}" for name, why in reasons.items())
             warnings.warn(
-                "the curvature of some sites is estimated from whole-batch gradients, with more noise: "
-                + "; ".join(lines)
-                + ".",
+                f"the curvature of some sites is estimated from whole-batch gradients, with more noise: {lines}.",
                 RuntimeWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _refresh(self, guide: NaturalGuide, params: list[dict[str, Tensor]], progress: Progress) -> Any:

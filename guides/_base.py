@@ -60,8 +60,9 @@ class NaturalGuide(AutoGuide):
 
     def is_matrix(self, site: LatentSite) -> bool:
         """Whether a site can have a family of matrices by default."""
-        rows = site.shape[0] if site.shape else 0
-        return len(site.shape) > 1 and max(rows, site.shape.numel() // max(rows, 1)) <= LARGEST_SIDE and site.is_real
+        if len(site.shape) < 2 or site.frames or not site.is_real:
+            return False
+        return max(site.shape[0], site.shape[1:].numel()) <= LARGEST_SIDE
 
     @property
     def blocks(self) -> list[Block]:
@@ -160,6 +161,12 @@ class NaturalGuide(AutoGuide):
                 f"family gives {family!r} for site {site.name!r}, whose support is {site.support}: only a site on the "
                 "whole real space can have it. Give 'factorized'."
             )
+        if family != "factorized" and site.frames:
+            raise ValueError(
+                f"family gives {family!r} for site {site.name!r}, whose entries the plates "
+                f"{[frame.name for frame in site.frames]} declare independent: give 'factorized', or draw the site "
+                "outside of plates, with .expand(...).to_event(...)."
+            )
         return family
 
     # ---- what Pyro asks for
@@ -217,7 +224,10 @@ class NaturalGuide(AutoGuide):
         return {name: results[name] for name in self._sites}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pyro's own version forgets the model, in the original too. The prototype holds the data: not kept.
+        # Pyro's own version forgets the model, in the original too. The prototype holds the data: not kept. What Pyro
+        # and the ELBO noted on the parameters, such as weak references, cannot be pickled and is noted anew when used.
+        for leaf in self.parameters():
+            leaf.__dict__.clear()
         return {**self.__dict__, "master": None, "prototype_trace": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NaturalGuide:
@@ -256,11 +266,12 @@ def _biases(
     apart: set[str],
 ) -> tuple[dict[str, str], set[str]]:
     """Weight -> the bias added to its products wherever it is used; and the weights whose rows are inputs."""
-    graph = ModelGraph(model, args, kwargs, curvature="sampled")
-    if graph.graph is None:
-        return {}, set()
-    rows = [torch.arange(plate.batch_size) for plate in graph.plates]
-    capture = Capture(graph, [*rows, *graph.data], graph.parameters)
+    with torch.enable_grad():  # the guide's first call may be for a prediction
+        graph = ModelGraph(model, args, kwargs, curvature="sampled")
+        if graph.graph is None:
+            return {}, set()
+        rows = [torch.arange(plate.batch_size) for plate in graph.plates]
+        capture = Capture(graph, [*rows, *graph.data], graph.parameters)
     partners, transposed = {}, set()
     for name, uses in capture.uses.items():
         shape = sites[name].shape
@@ -274,7 +285,7 @@ def _biases(
             continue
         biases = {use.bias.site if use.bias is not None else None for use, _ in uses}
         (bias,) = biases if len(biases) == 1 else (None,)
-        if bias is None or bias not in capture.uses or bias in apart:
+        if bias is None or bias not in capture.uses or bias in apart or sites[bias].frames:
             continue
         own = capture.uses[bias]
         whole = all(

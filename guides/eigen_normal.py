@@ -113,9 +113,12 @@ class EigenBlock(Layout):
 
     def sample(self, params: Params, plates: Mapping[str, Any]) -> dict[str, Tensor]:
         """The law itself for a weight alone; through an auxiliary site where a bias shares it."""
-        law: Any = EigenNormal(params["loc"], params["row_basis"], params["col_basis"], params["eigen_scale"])
+        loc, scale, rows, cols = (params[name] for name in ("loc", "eigen_scale", "row_basis", "col_basis"))
+        if self.transposed and not self.has_bias:
+            loc, scale, rows, cols = loc.mT, scale.mT, cols, rows
+        law: Any = EigenNormal(loc, rows, cols, scale)
         weight = self.sites[0]
-        if not self.has_bias and not self.transposed:
+        if not self.has_bias:
             if len(weight.shape) != 2:
                 reshape = dist.transforms.ReshapeTransform(law.event_shape, weight.shape)
                 law = dist.TransformedDistribution(law, [reshape])

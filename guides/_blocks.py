@@ -116,6 +116,10 @@ class Block(ABC):
         """Number of latent numbers."""
         return sum(site.shape.numel() for site in self.sites)
 
+    def numel_of(self, name: str) -> int:
+        """Number of latent numbers of one site."""
+        return next(site.shape.numel() for site in self.sites if site.name == name)
+
     # ---- layout
 
     @abstractmethod

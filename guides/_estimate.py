@@ -68,6 +68,8 @@ class Estimator:
         self.capture: Capture | None = None
         self.reparametrized: set[str] = set()
         self.known_precision: set[str] = set()
+        # Priors N(m, s²) of fixed numbers: their density and gradient need no graph.
+        self.fixed: dict[str, tuple[float, float]] = {}
         self.perturbed: dict[str, list[Layer]] = {}
         self.thin: set[int] = set()
         self.reasons: dict[str, str] = {}
@@ -90,23 +92,27 @@ class Estimator:
                 self.reparametrized.add(name)
             if ("precision", name, 0) in ends and not any(node in of_prior[n] for n in starts if n != name):
                 self.known_precision.add(name)
+        sites = self.graph.structure.sites
+        for name in self.known_precision:
+            normal, alone = sites[name].normal, not any(n in of_prior[name] for m, n in starts.items() if m != name)
+            if normal is not None and sites[name].transform is None and alone:
+                self.fixed[name] = normal
         if self.settings.curvature == "reparametrization":
             return
         self.capture = Capture(self.graph, inputs, self.graph.parameters)
         self.reasons = {n: why for n, why in self.capture.unrecognised.items() if n not in self.reparametrized}
         if self.settings.noise != "weights":
-            fixed = {n for n in self.known_precision if not any(starts[m] in of_prior[n] for m in starts if m != n)}
-            self._choose_perturbed(fixed)
+            self._choose_perturbed()
 
-    def _choose_perturbed(self, fixed: set[str]) -> None:
+    def _choose_perturbed(self) -> None:
         """Captured sites with a fixed Normal prior, whose divergence is known."""
         assert self.capture is not None
-        captured = [name for name in self.captured() if name in fixed]
+        captured = [name for name in self.captured() if name in self.fixed]
         uses = {name: self.capture.uses[name] for name in captured}
         for number, block in enumerate(self.guide.blocks):
             for names in _groups(block):
                 layers = layers_of(block, names, {name: uses[name] for name in names if name in uses})
-                if layers is not None:
+                if layers is not None and (self.settings.noise != "shared" or is_thin(block, layers)):
                     self.perturbed.update(dict.fromkeys(names, layers))
             if block.names[0] in self.perturbed and not self.settings.extrinsic_damping:
                 if is_thin(block, self.perturbed[block.names[0]]):
@@ -139,7 +145,7 @@ class Estimator:
         inputs: Sequence[Tensor],
         parameters: list[Tensor],
         statistics: bool,
-        prior_directions: Mapping[int, Tensor],
+        prior_directions: Mapping[int, tuple[Tensor, Tensor]],
     ) -> Estimate:
         """The estimate at one draw.
 
@@ -148,7 +154,7 @@ class Estimator:
         :param inputs: rows and data.
         :param parameters: values of the model's parameters.
         :param statistics: whether curvature is estimated.
-        :param prior_directions: for thin blocks, the prior's part of the direction if it is known.
+        :param prior_directions: for thin blocks, the prior's part of the direction and its size if they are known.
         """
         blocks, weight = self.guide.blocks, self.settings.kl_weight
         draws = [self._spread(block, p, noise) for block, p, noise in zip(blocks, params, noises, strict=True)]
@@ -163,25 +169,34 @@ class Estimator:
             terms, env = self._terms(values, inputs, own, statistics, perturbation)
             if self.graph.graph is None:
                 own = self.graph.seen_parameters
-            prior = torch.as_tensor(sum(terms.prior.values())) + jacobian
+            prior = torch.as_tensor(sum(terms.prior.values(), start=torch.as_tensor(jacobian)))
             likelihood = torch.as_tensor(sum(value.sum() for value in terms.likelihood.values()))
             thin_names = [name for number in sorted(self.thin) for name in blocks[number].names]
             nodes = [] if self.capture is None else self.capture.nodes(thin_names)
             fat = {name: leaf for name, leaf in leaves.items() if name not in thin_names}
-            of_prior = gradients(prior, [*leaves.values(), *own])
+            free = {name: leaf for name, leaf in leaves.items() if name not in self.fixed}
+            of_prior = gradients(prior, [*free.values(), *own])
             of_likelihood = gradients(likelihood, [*fat.values(), *own, *(env[node] for node in nodes)])
             probes = self._probes(terms, env, leaves) if statistics else None
-        g_prior = dict(zip(leaves, of_prior, strict=False))
+        g_prior = dict(zip(free, of_prior, strict=False))
+        for name, (mean, deviation) in self.fixed.items():
+            known = prior_directions.get(next(k for k, b in enumerate(blocks) if name in b.names))
+            distance = leaves[name].detach() - mean if mean else leaves[name].detach()
+            constant = math.log(deviation) + 0.5 * math.log(2 * math.pi)
+            prior = prior - 0.5 / deviation**2 * _squared_norm(distance) - distance.numel() * constant
+            if known is None:
+                g_prior[name] = distance * (-1.0 / deviation**2)
         g_likelihood = dict(zip(fat, of_likelihood, strict=False))
         g_nodes = dict(zip(nodes, of_likelihood[len(fat) + len(own) :], strict=True))
-        g_own = zip(of_likelihood[len(fat) : len(fat) + len(own)], of_prior[len(leaves) :], strict=True)
+        g_own = zip(of_likelihood[len(fat) : len(fat) + len(own)], of_prior[len(free) :], strict=True)
         result = Estimate(likelihood, [], [], [-(a + weight * b) for a, b in g_own])
         entropy = torch.zeros_like(likelihood)
         for number, (block, p, noise, (spread, landing)) in enumerate(zip(blocks, params, noises, draws, strict=True)):
-            entropy = entropy + self._entropy(block, p, landing, terms)
+            entropy = entropy + self._entropy(block, p, landing)
             if number in self.thin:
                 layers, known = self.perturbed[block.names[0]], prior_directions.get(number)
-                result.whitened.append(thin_direction(p, layers, env, g_nodes, weight, block.join(g_prior), known))
+                prior_gradient = block.join(g_prior) if known is None else None
+                result.whitened.append(thin_direction(p, layers, env, g_nodes, weight, prior_gradient, known))
                 plain = noise
                 total = noise
             else:
@@ -215,7 +230,7 @@ class Estimator:
                     perturbation.add(self.perturbed[names[0]], block.factors(p, noise, names))
         return perturbation
 
-    def _entropy(self, block: Block, params: Params, landing: Tensor | None, terms: Terms) -> Tensor:
+    def _entropy(self, block: Block, params: Params, landing: Tensor | None) -> Tensor:
         """−log q at the draw; where layers get the noise, the part of −KL that log p at the location leaves out."""
         result = block.log_det(params) + 0.5 * block.numel * math.log(2 * math.pi)
         if landing is not None:
@@ -223,10 +238,8 @@ class Estimator:
         names = [name for name in block.names if name in self.perturbed]
         if names:
             variances = block.split(block.variance(params))
-            result = (
-                result
-                + torch.stack([0.5 * (1.0 - terms.precision[name] * variances[name]).sum() for name in names]).sum()
-            )
+            for name in names:
+                result = result + 0.5 * (block.numel_of(name) - variances[name].sum() / self.fixed[name][1] ** 2)
         return result
 
     def _constrain(self, leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | float]:
@@ -252,7 +265,10 @@ class Estimator:
             return self.graph.terms(values, inputs), {}
 
         def wanted(key: Key) -> bool:
-            return statistics or key[0] != "probe"
+            kind, name, _ = key
+            return (
+                kind == "likelihood" or (kind == "probe" and statistics) or (kind == "prior" and name not in self.fixed)
+            )
 
         sites = list(self.capture.uses) if self.capture is not None and (statistics or self.thin) else []
         keep = self.capture.sources(sites) if self.capture is not None else set()
@@ -280,6 +296,10 @@ class Estimator:
             return block.reparametrized_targets(sample.noise, sample.plain)
         precision = {}
         for name in block.names:
+            if name in self.fixed and name not in self.reparametrized:
+                shape = self.graph.structure.sites[name].shape
+                precision[name] = sample.noise.new_full((), self.fixed[name][1] ** -2).expand(shape)
+                continue
             if name in self.known_precision and name not in self.reparametrized:
                 precision[name] = sample.terms.precision[name]
                 continue
@@ -323,3 +343,7 @@ def gradients(total: Tensor, wrt: Sequence[Tensor]) -> list[Tensor]:
     if not total.requires_grad:
         return [torch.zeros_like(tensor) for tensor in wrt]
     return list(torch.autograd.grad(total, wrt, retain_graph=True, materialize_grads=True))
+
+
+def _squared_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x).square()

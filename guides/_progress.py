@@ -101,7 +101,7 @@ class Progress:
     def __init__(self, guide: NaturalGuide) -> None:
         self.parameters = Parameters(guide)
         self.count = 0
-        self.priors: dict[int, Tensor] = {}
+        self.priors: dict[int, tuple[Tensor, Tensor]] = {}
         self.events = 0
         self._sums: list[dict[str, Tensor]] = []
         self._moments: dict[int, dict[str, Tensor]] = {}

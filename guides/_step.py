@@ -41,7 +41,7 @@ class Result:
     loss: Tensor
     size: Tensor
     directions: list[Tensor]
-    priors: dict[int, Tensor]
+    priors: dict[int, tuple[Tensor, Tensor]]
     targets: list[dict[str, Tensor]]
     parameters: list[Tensor]
 
@@ -121,7 +121,7 @@ class Step:
         kwargs: Mapping[str, Any],
         params: Sequence[Params],
         statistics: bool,
-        priors: Mapping[int, Tensor],
+        priors: Mapping[int, tuple[Tensor, Tensor]],
     ) -> tuple[Result, list[Tensor]]:
         """One step, and the leaf tensors of the model's parameters.
 
@@ -139,7 +139,8 @@ class Step:
         priors = {number: priors[number] for number in sorted(self.estimator.thin) if number in priors}
         leaves = self.graph.parameters
         flat = [tensor for p in params for tensor in p.values()]
-        tensors = [*flat, *noises, *inputs, *priors.values(), *(leaf.detach() for leaf in leaves)]
+        both = [tensor for pair in priors.values() for tensor in pair]
+        tensors = [*flat, *noises, *inputs, *both, *(leaf.detach() for leaf in leaves)]
         key = (statistics, tuple(priors))
         if key not in self._programs:
             self._programs[key] = self._record(
@@ -188,7 +189,7 @@ class Step:
             params = [{name: next(feed) for name in block} for block in keys]
             noises = [next(feed) for _ in keys]
             inputs = [next(feed) for _ in range(count)]
-            priors = {number: next(feed) for number in known}
+            priors = {number: (next(feed), next(feed)) for number in known}
             own = list(feed)
             particles = [
                 self.estimator(params, [n[k] for n in noises], inputs, own, statistics, priors)
@@ -213,14 +214,16 @@ class Step:
     def _combine(self, params: Sequence[Params], particles: Sequence[Estimate]) -> Result:
         """The mean over particles, its natural directions, and the trust region."""
         settings = self.settings
-        directions, sizes, priors = [], [], {}
+        directions: list[Tensor] = []
+        sizes: list[Tensor] = []
+        priors: dict[int, tuple[Tensor, Tensor]] = {}
         for number, (block, p) in enumerate(zip(self.guide.blocks, params, strict=True)):
             found = [particle.whitened[number] for particle in particles]
             thin = [one for one in found if isinstance(one, Thin)]
             if thin:
                 directions.append(_mean([one.direction for one in thin]))
                 sizes.append(_mean([one.decrement for one in thin]))
-                priors[number] = thin[0].prior
+                priors[number] = thin[0].prior, thin[0].prior_decrement
                 continue
             whitened = _mean([one for one in found if isinstance(one, Tensor)])
             if settings.extrinsic_damping:
@@ -250,13 +253,19 @@ def _flatten(result: Result) -> tuple[list[Tensor], list[Any]]:
     layout = [len(result.directions), list(result.priors), [list(block) for block in result.targets]]
     targets = [tensor for block in result.targets for tensor in block.values()]
     both = torch.stack([result.loss, result.size])
-    return [both, *result.directions, *result.priors.values(), *targets, *result.parameters], layout
+    return [
+        both,
+        *result.directions,
+        *(tensor for pair in result.priors.values() for tensor in pair),
+        *targets,
+        *result.parameters,
+    ], layout
 
 
 def _unflatten(outputs: Sequence[Tensor], layout: list[Any]) -> Result:
     feed = iter(outputs)
     loss, size = next(feed).unbind()
     directions = [next(feed) for _ in range(layout[0])]
-    priors = {number: next(feed) for number in layout[1]}
+    priors = {number: (next(feed), next(feed)) for number in layout[1]}
     targets = [{name: next(feed) for name in block} for block in layout[2]]
     return Result(loss, size, directions, priors, targets, list(feed))

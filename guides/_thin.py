@@ -28,11 +28,13 @@ class Thin:
     :ivar direction: Σ ∇.
     :ivar decrement: ∇ᵀ Σ ∇.
     :ivar prior: the prior's part of the direction, to be used again.
+    :ivar prior_decrement: its own ∇ᵀ Σ ∇.
     """
 
     direction: Tensor
     decrement: Tensor
     prior: Tensor
+    prior_decrement: Tensor
 
 
 def is_thin(block: Block, layers: Sequence[Layer]) -> bool:
@@ -50,8 +52,8 @@ def thin_direction(
     env: Mapping[Node, Any],
     grads: Mapping[Node, Tensor],
     weight: float,
-    prior_gradient: Tensor,
-    prior_direction: Tensor | None,
+    prior_gradient: Tensor | None,
+    known: tuple[Tensor, Tensor] | None,
 ) -> Thin:
     """The natural direction of a matrix normal's location.
 
@@ -60,8 +62,8 @@ def thin_direction(
     :param env: values of the graph's nodes.
     :param grads: gradients of the log-likelihood at the outputs of the uses.
     :param weight: λ.
-    :param prior_gradient: gradient of the log prior.
-    :param prior_direction: Σ times it, if it is known.
+    :param prior_gradient: gradient of the log prior; None if what follows is known.
+    :param known: Σ times it, and its decrement. The whole decrement is then bounded by (√ + √)².
     """
     rows, cols = params["row_scale_tril"], params["col_scale_tril"]
     outputs = [layer.use.rows(grads[layer.use.node], env) for layer in layers]
@@ -69,12 +71,17 @@ def thin_direction(
     g = _stacked([placed(g, layer.weight.rows, len(rows)) for layer, g in zip(layers, outputs, strict=True)])
     a, g = times_lower(a, cols), times_lower(g if weight == 1.0 else g / weight, rows)
     decrement = ((a @ a.mT) * (g @ g.mT)).sum()
-    direction = times_upper(g, rows).mT @ times_upper(a, cols)
-    if prior_direction is None:
-        whitened = times_lower(times_lower(prior_gradient, cols).mT, rows)
-        prior_direction = times_upper(times_upper(whitened, rows).mT, cols)
-    decrement = decrement + (prior_gradient * (2.0 * direction + prior_direction)).sum()
-    return Thin(direction + prior_direction, decrement.clamp_min(0.0), prior_direction)
+    g, a = times_upper(g, rows), times_upper(a, cols)
+    if known is not None:
+        prior, size = known
+        return Thin(torch.addmm(prior, g.mT, a), (decrement.sqrt() + size.sqrt()).square(), prior, size)
+    assert prior_gradient is not None
+    direction = g.mT @ a
+    whitened = times_lower(times_lower(prior_gradient, cols).mT, rows)
+    size = whitened.square().sum()
+    prior = times_upper(times_upper(whitened, rows).mT, cols)
+    whole = decrement + size + 2.0 * (prior_gradient * direction).sum()
+    return Thin(direction + prior, whole.clamp_min(0.0), prior, size)
 
 
 def _stacked(rows: Sequence[Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ from torch.distributions import constraints
 from bnn.distributions import MatrixNormal
 from bnn.guides._base import NaturalGuide
 from bnn.guides._blocks import Block, Curvature, Factors, LatentSite, Params
-from bnn.guides._triangular import lower_times_lower, squared_norms, weighted_gram
+from bnn.guides._triangular import lower_times_lower, squared_norms, times_lower, times_upper, weighted_gram
 from bnn.per_datum import PerDatum, Place, per_datum
 from bnn.recording import untraced
 
@@ -121,11 +121,13 @@ class MatrixBlock(Layout):
 
     def spread(self, params: Params, noise: Tensor) -> Tensor:
         """U ε Vᵀ."""
-        return params["row_scale_tril"] @ noise @ params["col_scale_tril"].mT
+        if noise.dim() > 2:
+            return params["row_scale_tril"] @ noise @ params["col_scale_tril"].mT
+        return times_upper(times_upper(noise, params["col_scale_tril"]).mT, params["row_scale_tril"]).mT
 
     def whiten(self, params: Params, gradient: Tensor) -> Tensor:
         """Uᵀ g V."""
-        return params["row_scale_tril"].mT @ gradient @ params["col_scale_tril"]
+        return times_lower(times_lower(gradient, params["col_scale_tril"]).mT, params["row_scale_tril"]).mT
 
     def log_det(self, params: Params) -> Tensor:
         """Of the linear map ε → U ε Vᵀ."""

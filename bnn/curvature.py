@@ -84,9 +84,9 @@ class Capture:
             captured = torch.zeros(expected.numel(), dtype=expected.dtype, device=expected.device)
             for use, block in self.uses[site]:
                 rows = block.by_datum(use.rows(grads[use.node], trial.env))
-                inputs = block.by_datum(use.inputs(trial.env)) if use.weight is not None else rows
+                a = block.by_datum(use.inputs(trial.env)) if use.weight is not None else rows
                 weighted = rows * weights[block.start : block.start + block.count, None, None]
-                _scatter_total(captured, use, site, inputs.flatten(0, 1), weighted.flatten(0, 1))
+                _scatter_total(captured, use, site, a.flatten(0, 1), weighted.flatten(0, 1))
             scale = expected.norm().clamp_min(1e-30)
             result[site] = float(((captured.reshape(expected.shape) - expected).norm() / scale).detach())
         return result

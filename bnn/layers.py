@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +175,7 @@ class _Finder:
     # ---- layers
 
     def _recognised(self, node: Node) -> bool:
-        target, args = node.target, node.args
+        target, args = node.target, cast(tuple[Any, ...], node.args)
         if target in (aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default):
             return self._product(node, args[0], args[1], None)
         if target in (aten.addmm.default, aten.baddbmm.default, aten.addmv.default):
@@ -190,7 +190,7 @@ class _Finder:
         if target is aten.embedding.default:
             return self._rows_of(node, *args[:3])
         if target is aten.index_select.default:
-            return args[1] == 0 and self._rows_of(node, args[0], args[2])
+            return bool(args[1] == 0) and self._rows_of(node, args[0], args[2])
         if target is aten.index.Tensor:
             return len(args[1]) == 1 and self._rows_of(node, args[0], args[1][0])
         if target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs and len(args) == 2:
@@ -301,27 +301,27 @@ class _Finder:
         self.uses.found.append(Use(node, None, bias, lambda env: torch.ones(()), rows, sources))
 
     def _convolution(self, node: Node) -> bool:
-        data, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
+        data, weight, bias, stride, padding, dilation, transposed, _, groups = cast(tuple[Any, ...], node.args)
         tag = self.tag(weight)
-        shape, val = node.meta["val"].shape, data.meta["val"]  # type: ignore[union-attr]
+        shape, val = node.meta["val"].shape, data.meta["val"]
         if self.tag(data) is not None or transposed or len(shape) != val.dim():
             return False
         if tag is None:
             return self._channels(node, bias)
         outputs, kernel = tag.index.shape[0], tag.index.shape[2:]
-        per_group, channels = outputs // groups, val.shape[1] // groups  # type: ignore[operator]
-        for k in range(groups):  # type: ignore[arg-type]
+        per_group, channels = outputs // groups, val.shape[1] // groups
+        for k in range(groups):
             group = slice(k * per_group, (k + 1) * per_group)
 
             def inputs(env: Env, k: int = k) -> Tensor:
-                x = env[data][:, k * channels : (k + 1) * channels]  # type: ignore[index]
+                x = env[data][:, k * channels : (k + 1) * channels]
                 return patches(x, kernel, stride, padding, dilation)
 
             def rows(g: Tensor, env: Env, group: slice = group) -> Tensor:
                 return g[:, group].flatten(2).mT.reshape(-1, per_group)
 
             matrix = Tag(tag.site, tag.index[group].reshape(per_group, -1), tag.factor)
-            self.uses.found.append(Use(node, matrix, None, inputs, rows, (data,)))  # type: ignore[arg-type]
+            self.uses.found.append(Use(node, matrix, None, inputs, rows, (data,)))
         if groups != 1:
             return self._channels(node, bias) or self.tag(bias) is None
         use = self.uses.found[-1]
@@ -369,7 +369,7 @@ def patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) ->
         x = x.unfold(2 + d, width, stride[d])
     for d in range(dims):
         if dilation[d] > 1:
-            x = x[(..., slice(None, None, dilation[d]), *(slice(None),) * (dims - 1 - d))]
+            x = x.unfold(x.dim() - dims + d, 1, dilation[d]).squeeze(-1)
     x = x.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
     return x.reshape(x.shape[: 1 + dims].numel(), -1)
 

@@ -86,7 +86,7 @@ _BINDINGS: dict[Any, Callable[..., Any]] = {
 def untraced() -> contextlib.AbstractContextManager[None]:
     """Inside a recording, compute here and now: for tensors that do not depend on its inputs and steer Python."""
     context: Any = disable_proxy_modes_tracing()
-    return context  # type: ignore[no-any-return]
+    return context
 
 
 class RecordingError(RuntimeError):

@@ -151,14 +151,15 @@ class Perturbation:
                 return _output(variance.clamp_min(1e-30).sqrt() * fresh, factors)
             key = (data.start, data.count)
             if key not in signs:  # a datum keeps its signs in every place and use
-                like = {"dtype": a.dtype, "device": a.device}
-                signs[key] = tuple(  # type: ignore[assignment]
-                    torch.randint(2, (data.count, n), **like) * 2 - 1 for n in reversed(scaled.shape)
-                )
+                signs[key] = _signs(data.count, scaled.shape[1], a), _signs(data.count, scaled.shape[0], a)
             of_inputs, of_outputs = (_by_row(sign, data, len(a)) for sign in signs[key])
             return _output(((inner * of_inputs) @ scaled.mT) * of_outputs, factors)
 
         return noise
+
+
+def _signs(rows: int, columns: int, like: Tensor) -> Tensor:
+    return torch.randint(2, (rows, columns), dtype=like.dtype, device=like.device) * 2.0 - 1.0
 
 
 def _by_row(signs: Tensor, data: Data, rows: int) -> Tensor:

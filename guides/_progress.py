@@ -33,7 +33,8 @@ class Parameters:
     def _read(self) -> None:
         with poutine.trace(param_only=True) as capture:
             values = [self.guide.params_of(block) for block in self.guide.blocks]
-        self.names = {id(site["value"].unconstrained()): name for name, site in capture.trace.nodes.items()}
+        nodes: Any = capture.trace.nodes
+        self.names = {id(site["value"].unconstrained()): name for name, site in nodes.items()}
         self.leaves, self._values, self._versions = [], [], []
         for block, value in zip(self.guide.blocks, values, strict=True):
             leaves: dict[str, Any] = {}

@@ -23,9 +23,6 @@ from torch.fx import Node
 from bnn.layers import Use, Uses, uses_of
 from bnn.model_graph import ModelGraph, Terms, reaching
 from bnn.per_datum import Block
-from bnn.per_datum import PerDatum as PerDatum
-from bnn.per_datum import Place as Place
-from bnn.per_datum import per_datum as per_datum
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}
 

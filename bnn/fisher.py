@@ -72,6 +72,22 @@ def _labels(fn: Any) -> Tensor:
     return labels
 
 
+def whole_batch_probes(fn: Any, value: Tensor, curvature: str, probes: Probes) -> list[Tensor]:
+    """Probes for sites whose gradients per datum are not captured: only that of the sum over the batch is known.
+
+    Drawn labels have gradients of mean zero, so that the square of their sum estimates the sum of squares; observed
+    ones get random signs. ``"ggn"`` takes drawn labels here, which also know the curvature in the likelihood's scale.
+    """
+    if curvature == "sampled":
+        return probes.values
+    if curvature == "ggn":
+        drawn = probes_of(fn, value, "sampled")
+        if isinstance(drawn, Probes):
+            return drawn.values
+    signs = [torch.randint_like(probe.detach(), 2) * 2.0 - 1.0 for probe in probes.values]
+    return [sign * probe for sign, probe in zip(signs, probes.values, strict=True)]
+
+
 def _gauss_newton(fn: Any) -> Probes | str:
     base = base_of(fn)
     for family, probes in _EXACT.items():

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bnn.agreement import cause_of, graph_disagreement
-from bnn.fisher import probes_of
+from bnn.fisher import probes_of, whole_batch_probes
 from bnn.log_joint import quiet_handlers
 from bnn.minibatch import Arguments, TensorLeaves
 from bnn.recording import RecordingError, record_forward
@@ -39,31 +39,40 @@ class Terms:
     :ivar likelihood: observed site or factor -> log density of each datum, scaled as the plates scale it.
     :ivar probes: for each probe, observed site -> values per datum whose gradients' outer products add up to the
         curvature of minus the log-likelihood.
+    :ivar universal: the same, whose gradients of the sum over all data do so in expectation.
     """
 
     prior: dict[str, Tensor] = field(default_factory=dict)
     precision: dict[str, Tensor] = field(default_factory=dict)
     likelihood: dict[str, Tensor] = field(default_factory=dict)
     probes: list[dict[str, Tensor]] = field(default_factory=list)
+    universal: list[dict[str, Tensor]] = field(default_factory=list)
 
     def flat(self) -> tuple[list[Key], list[Tensor]]:
         """Names and values of all tensors."""
         named: list[tuple[Key, Tensor]] = [(("prior", n, 0), t) for n, t in self.prior.items()]
         named += [(("precision", n, 0), t) for n, t in self.precision.items()]
         named += [(("likelihood", n, 0), t) for n, t in self.likelihood.items()]
-        named += [(("probe", n, k), t) for k, probe in enumerate(self.probes) for n, t in probe.items()]
+        for kind, probes in (("probe", self.probes), ("universal", self.universal)):
+            named += [((kind, n, k), t) for k, probe in enumerate(probes) for n, t in probe.items()]
         return [key for key, _ in named], [tensor for _, tensor in named]
 
     @staticmethod
     def of(named: Mapping[Key, Tensor]) -> Terms:
         """The terms out of what :meth:`flat` gave, or of a part of it."""
         terms = Terms()
-        count = 1 + max((k for kind, _, k in named if kind == "probe"), default=-1)
-        terms.probes = [{} for _ in range(count)]
         for (kind, name, k), tensor in named.items():
-            target = terms.probes[k] if kind == "probe" else getattr(terms, kind)
-            target[name] = tensor
+            if kind in ("probe", "universal"):
+                _add(terms.probes if kind == "probe" else terms.universal, k, name, tensor)
+            else:
+                getattr(terms, kind)[name] = tensor
         return terms
+
+
+def _add(probes: list[dict[str, Tensor]], number: int, site: str, value: Tensor) -> None:
+    while len(probes) <= number:
+        probes.append({})
+    probes[number][site] = value
 
 
 @dataclass
@@ -108,7 +117,7 @@ class ModelGraph:
         self.seen_parameters: list[Tensor] = []
         self.graph: GraphModule | None = None
         self.cause = ""
-        values = {name: _example(site) for name, site in self.structure.sites.items()}
+        values = {name: _example(site, self.structure.device) for name, site in self.structure.sites.items()}
         rows = {p.name: torch.arange(p.batch_size, device=self.structure.device) for p in self.plates}
         self.values_at_recording = values
         try:
@@ -209,12 +218,12 @@ def _run(graph: GraphModule, node: Node, env: Mapping[Node, Any]) -> Any:
     return node.target(*arguments, **keywords)  # type: ignore[operator]
 
 
-def _example(site: Any) -> Tensor:
+def _example(site: Any, device: torch.device) -> Tensor:
     """A point at which layers neither die nor saturate; the user's random numbers are left alone."""
     generator = torch.Generator().manual_seed(20)
     noise = torch.randn(site.shape, generator=generator, dtype=torch.float64)
     fan = max(1, site.shape[1:].numel() if len(site.shape) > 1 else 1)
-    value: Tensor = site.constrain((noise / fan**0.5).to(site.dtype))
+    value: Tensor = site.constrain((noise / fan**0.5).to(device, site.dtype))
     return value
 
 
@@ -268,10 +277,10 @@ class _Collector(Messenger):
             return
         root = torch.as_tensor(scale) ** 0.5 if isinstance(scale, Tensor) else scale**0.5
         for k, probe in enumerate(found.values):
-            k = k if found.shared else len(self.terms.probes)
-            while len(self.terms.probes) <= k:
-                self.terms.probes.append({})
-            self.terms.probes[k][name] = scale_and_mask(probe, root, mask)
+            number = k if found.shared else len(self.terms.probes)
+            _add(self.terms.probes, number, name, scale_and_mask(probe, root, mask))
+        for k, probe in enumerate(whole_batch_probes(fn, value, self.curvature, found)):
+            _add(self.terms.universal, k, name, scale_and_mask(probe, root, mask))
 
     def _note(self, msg: Any, log_prob: Tensor) -> None:
         plates = {}

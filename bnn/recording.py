@@ -152,8 +152,12 @@ def record_forward(
     try:
         with unvalidated_distributions(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph_module = make_fx(function)(*inputs)
-            out_of_place(graph_module)
+            # mkldnn's recurrent layers in float32 are one operation; without it they are matrix products.
+            with torch.backends.mkldnn.flags(enabled=False):
+                graph_module = make_fx(function)(*inputs)
+                out_of_place(graph_module)
+                if _mutates(graph_module):
+                    graph_module = make_fx(torch.func.functionalize(function))(*inputs)
     except Exception as error:
         message = str(error).strip().splitlines()
         raise RecordingError(f"{type(error).__name__}: {message[0] if message else 'no message'}") from error
@@ -173,7 +177,7 @@ def _parameters_as_inputs(graph_module: GraphModule) -> list[torch.Tensor]:
         if node.op != "get_attr":
             continue
         value = getattr(graph_module, node.target)
-        if not (value.requires_grad and value.is_leaf):
+        if not (isinstance(value, torch.Tensor) and value.requires_grad and value.is_leaf):
             continue
         if id(value) not in found:
             with graph_module.graph.inserting_after(last):

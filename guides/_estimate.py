@@ -119,8 +119,18 @@ class Estimator:
                     self.thin.add(number)
 
     def captured(self) -> list[str]:
-        """Sites whose gradients per datum are captured."""
-        return [] if self.capture is None else [n for n in self.capture.uses if n not in self.reparametrized]
+        """Sites whose gradients per datum are captured; of a weight and its bias both or none."""
+        if self.capture is None:
+            return []
+        known = {name for name in self.capture.uses if name not in self.reparametrized}
+        groups = [group for block in self.guide.blocks for group in _groups(block)]
+        return [name for group in groups if known.issuperset(group) for name in group]
+
+    @property
+    def all_captured(self) -> bool:
+        """Whether no site needs whole-batch gradients."""
+        known = {*self.captured(), *self.reparametrized}
+        return all(name in known for block in self.guide.blocks for name in block.names)
 
     def forget(self, names: Container[str]) -> None:
         """Noise of these sites goes to their weights again."""
@@ -266,9 +276,11 @@ class Estimator:
 
         def wanted(key: Key) -> bool:
             kind, name, _ = key
-            return (
-                kind == "likelihood" or (kind == "probe" and statistics) or (kind == "prior" and name not in self.fixed)
-            )
+            if kind in ("prior", "precision") and name in self.fixed:
+                return False
+            if kind == "universal" and self.all_captured:
+                return False
+            return statistics or kind in ("prior", "likelihood")
 
         sites = list(self.capture.uses) if self.capture is not None and (statistics or self.thin) else []
         keep = self.capture.sources(sites) if self.capture is not None else set()
@@ -281,19 +293,20 @@ class Estimator:
         captured = self.captured()
         nodes = [] if self.capture is None else self.capture.nodes(captured)
         others = [n for n in leaves if n not in captured and n not in self.reparametrized]
-        found = []
-        for probe in terms.probes:
+        found: list[tuple[Any, Any]] = []
+        for probe in terms.probes if nodes else ():
             total = torch.as_tensor(sum(value.sum() for value in probe.values()))
-            all_gradients = gradients(total, [*(env[node] for node in nodes), *(leaves[n] for n in others)])
-            grads = dict(zip(nodes, all_gradients, strict=False))
-            found.append((grads, dict(zip(others, all_gradients[len(nodes) :], strict=True))))
+            found.append((dict(zip(nodes, gradients(total, [env[node] for node in nodes]), strict=True)), {}))
+        for probe in terms.universal if others else ():
+            total = torch.as_tensor(sum(value.sum() for value in probe.values()))
+            found.append(({}, dict(zip(others, gradients(total, [leaves[n] for n in others]), strict=True))))
         return found
 
     def _targets(
         self, block: Block, params: Params, sample: _Sample, env: Mapping[Any, Any], probes: list[tuple[Any, Any]]
     ) -> dict[str, Tensor]:
         if all(name in self.reparametrized for name in block.names):
-            return block.reparametrized_targets(sample.noise, sample.plain)
+            return block.reparametrized_targets(sample.noise, self._bounded(block, sample))
         precision = {}
         for name in block.names:
             if name in self.fixed and name not in self.reparametrized:
@@ -317,6 +330,14 @@ class Estimator:
         )
         factored = self.settings.factored and block.family == "matrix"
         return block.factored_targets(curvature) if factored else block.targets(params, curvature)
+
+    def _bounded(self, block: Block, sample: _Sample) -> Tensor:
+        """The whitened gradient inside the trust region: far from the optimum its square says nothing of curvature."""
+        trust = self.settings.trust_region
+        if trust is None:
+            return sample.plain
+        size = torch.linalg.vector_norm(sample.plain + sample.noise).clamp_min(1e-30)
+        return sample.plain * (trust * math.sqrt(block.numel) / size).clamp_max(1.0)
 
 
 @dataclass

@@ -100,13 +100,20 @@ class Step:
                 f"the curvature of observed site {name!r} cannot be estimated: {why}. Choose another curvature: "
                 "'empirical' uses the observed labels (biased), 'reparametrization' needs no labels."
             )
-        own, known = list(self.graph.structure.sites), {name for block in guide.blocks for name in block.names}
-        missing, extra = sorted(known - set(own)), [name for name in own if name not in known]
+        shapes = {name: tuple(site.shape) for name, site in self.graph.structure.sites.items()}
+        own, known = list(shapes), {site.name: tuple(site.shape) for block in guide.blocks for site in block.sites}
+        missing, extra = sorted(set(known) - set(own)), [name for name in own if name not in known]
         if missing or extra:
             raise ValueError(
                 f"guide and model differ in their latent sites: only the guide has {missing}, only the model {extra}. "
                 "Make the guide from the model that SVI gets, and make a new one when the model's sites change."
             )
+        for name, shape in shapes.items():
+            if known[name] != shape:
+                raise ValueError(
+                    f"site {name!r} has shape {known[name]} in the guide, but {shape} in the model: this guide was set "
+                    "up for another net. Make a new guide from this model."
+                )
         if self.graph.graph is None:
             warnings.warn(
                 "the model cannot be recorded and runs with Pyro's handlers, several times slower, with curvature from "

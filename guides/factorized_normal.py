@@ -89,7 +89,7 @@ class FactorizedBlock(Block):
             total: Tensor | None = None
             if site.name in curvature.uses:
                 uses, numel = curvature.uses[site.name], site.shape.numel()
-                for grads in curvature.grads:
+                for grads in filter(None, curvature.grads):
                     one = squares_per_datum(uses, site.name, numel, curvature.env, grads)
                     total = one if total is None else total + one
             else:

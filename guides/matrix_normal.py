@@ -84,7 +84,7 @@ class Layout(Block):
         """Those of all probes together; with the universal estimate, of the whole likelihood as one datum."""
         pieces: list[tuple[Tensor, Tensor]] = []
         for grads, universal in zip(curvature.grads, curvature.universal, strict=True):
-            if all(name in curvature.uses for name in self.names):
+            if grads and all(name in curvature.uses for name in self.names):
                 uses = {id(use): (use, data) for name in self.names for use, data in curvature.uses[name]}
                 shape = (self.rows, self.cols)
                 found = per_datum(list(uses.values()), self.places(), shape, curvature.env, grads)

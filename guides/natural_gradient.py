@@ -94,7 +94,8 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         _positive("kl_weight", kl_weight, "1 is the posterior, smaller values temper the likelihood")
         _positive("curvature_rate", curvature_rate, "the weight of a new estimate in a running mean, such as 0.05")
         for name, value in {"label_samples": label_samples, "statistics_every": statistics_every}.items():
-            _positive(name, value, "a whole number of at least 1")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value}; give a whole number of at least 1.")
         if not extrinsic_damping >= 0:
             raise ValueError(f"extrinsic_damping is {extrinsic_damping}; give 0 or a positive number.")
         if trust_region is not None:

@@ -63,7 +63,7 @@ class NaturalGradientOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, first = group["lr"], group["first_lr"]
             full = 0.5 * first if group["precision_lr"] is None else group["precision_lr"]
-            rate = full * lr / first if first else 0.0
+            rate = full * (lr / first if first else 1.0)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue

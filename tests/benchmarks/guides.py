@@ -65,7 +65,7 @@ def rows(case: Case) -> dict[str, Competitor]:
         "matrix normal, local, 10/20": ours(AutoMatrixNormal, noise="local", **INTERVALS),
         "noisy K-FAC, 10/20": ours(AutoMatrixNormal, damping="factored", **INTERVALS),
         "eigenbasis, 10/20": ours(AutoEigenNormal, **INTERVALS),
-#        "K-FAC, 10/20": ours(AutoDelta, **INTERVALS),
+        #        "K-FAC, 10/20": ours(AutoDelta, **INTERVALS),
     }
     if case.name == "S":
         steps["matrix normal"] = ours(AutoMatrixNormal)

@@ -156,7 +156,7 @@ class AutoEigenNormal(NaturalGuide):
     >>> guide = AutoEigenNormal(model)
     >>> svi = SVI(model, guide, NaturalGradientDescent(), TraceNaturalGradient_ELBO())
     >>> x = torch.randn(100, 3)
-    >>> losses = [svi.step(x, x[:, :2]) for _ in range(200)]
+    >>> losses = [svi.step(x, x[:, :2]) for _ in range(1000)]
     >>> guide.median()["weight"].round(decimals=1).abs()
     tensor([[1., 0., 0.],
             [0., 1., 0.]])

@@ -166,8 +166,8 @@ class AutoFactorizedNormal(NaturalGuide):
     >>> svi = SVI(model, guide, NaturalGradientDescent(lr=1.0, precision_lr=1.0), TraceNaturalGradient_ELBO("ggn"))
     >>> x = torch.eye(2)
     >>> losses = [svi.step(x, torch.tensor([2., 4.])) for _ in range(9)]
-    >>> guide.median()["weight"]        # x is orthogonal: the exact posterior N([1, 2], ½)
-    tensor([1.0000, 2.0000])
+    >>> guide.median()["weight"].round(decimals=3)  # x is orthogonal: the exact posterior is N([1, 2], ½)
+    tensor([1., 2.])
     """
 
     def __init__(

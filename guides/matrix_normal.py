@@ -250,7 +250,7 @@ class AutoMatrixNormal(NaturalGuide):
     >>> guide = AutoMatrixNormal(model)
     >>> svi = SVI(model, guide, NaturalGradientDescent(), TraceNaturalGradient_ELBO())
     >>> x = torch.randn(100, 3)
-    >>> losses = [svi.step(x, x[:, :2]) for _ in range(200)]
+    >>> losses = [svi.step(x, x[:, :2]) for _ in range(1000)]
     >>> guide.median()["weight"].round(decimals=1).abs()
     tensor([[1., 0., 0.],
             [0., 1., 0.]])

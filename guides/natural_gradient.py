@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnn.fisher import CURVATURES
 from bnn.guides._base import NaturalGuide
 from bnn.guides._estimate import Settings
+from bnn.guides._kfac_blocks import PointSettings
 from bnn.guides._perturbed import NOISES
 from bnn.guides._progress import Progress
 from bnn.guides._step import Result, Step
 from bnn.guides.eigen_normal import EigenBlock
+from bnn.guides.kfac import PointEstimate
 from bnn.guides.matrix_normal import MatrixBlock
 from bnn.guides.natural_gradient_descent import NATURAL, Natural
 from bnn.tiers import check_tier
@@ -38,6 +41,8 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
     :class:`~bnn.guides.NaturalGradientDescent` (or plain ``pyro.optim.SGD``). Parameters of the model get their
     ordinary gradient. The model is recorded once for each shape of its arguments; where it draws minibatches by
     subsampling plates, rows come in shuffled epochs.
+
+    On ``pyro.infer.autoguide.AutoDelta`` the same is K-FAC for point estimates (:mod:`bnn.guides.kfac`).
 
     :param curvature: ``"sampled"`` (default) draws labels from the model: unbiased. ``"ggn"`` is the exact Gauss-Newton
         matrix, at one backward pass per output. ``"empirical"`` squares gradients at the observed labels (the noisy
@@ -61,6 +66,10 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
     :param num_particles: draws from the guide per step.
     :param vectorize_particles: accepted as in Pyro; the recorded step holds all particles in any case.
     :param check_every: steps between comparisons of the captured gradients with autograd's; 0 for none.
+    :param adaptive_damping: for ``AutoDelta``: ``extrinsic_damping`` follows the rule of Levenberg and Marquardt.
+    :param rescale: for ``AutoDelta``: scale the step to the minimum of the quadratic model; use ``lr=1``.
+    :param rescale_momentum: for ``AutoDelta``: and add the best multiple of the step before.
+    :param block_tridiagonal: for ``AutoDelta``: curvature also between neighbouring layers.
     :param compile: ``"fx"`` or ``"inductor"``, see :mod:`bnn.tiers`.
     :raises ValueError: for settings out of range, a guide without a natural site, an optimizer that is not for natural
         gradients.
@@ -84,6 +93,10 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         num_particles: int = 1,
         vectorize_particles: bool = False,
         check_every: int = 1000,
+        adaptive_damping: bool = False,
+        rescale: bool = False,
+        rescale_momentum: bool = False,
+        block_tridiagonal: bool = False,
         compile: str = "fx",
     ) -> None:
         super().__init__(num_particles=num_particles, vectorize_particles=False)
@@ -113,6 +126,11 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         )  # fmt: skip
         self.statistics_every, self.inverses_every = statistics_every, inverses_every
         self.curvature_rate, self.check_every = curvature_rate, check_every
+        self._for_points = {
+            "adaptive_damping": adaptive_damping, "rescale": rescale, "momentum": rescale_momentum,
+            "block_tridiagonal": block_tridiagonal,
+        }  # fmt: skip
+        self._points: weakref.WeakKeyDictionary[Any, PointEstimate] = weakref.WeakKeyDictionary()
         self._steps: dict[Any, Step] = {}
         self._progress: weakref.WeakKeyDictionary[Any, Progress] = weakref.WeakKeyDictionary()
 
@@ -120,7 +138,10 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss; natural gradients are left in ``.grad``."""
-        natural = _natural_guide(guide)
+        unwrapped = poutine.unwrap(guide) if hasattr(poutine, "unwrap") else guide
+        if isinstance(unwrapped, AutoDelta):
+            return self._point_estimate(model, unwrapped).loss_and_grads(_kind_of(args, kwargs), args, kwargs)
+        natural = self._natural_guide(unwrapped)
         if not natural.blocks:
             poutine.block(natural)(*args, **kwargs)
         if natural not in self._progress:
@@ -168,6 +189,32 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         return total
 
     # ---- its parts
+
+    def _point_estimate(self, model: Any, guide: AutoDelta) -> PointEstimate:
+        if guide not in self._points:
+            own, settings = dict(self._for_points), self.settings
+            point = PointSettings(
+                settings.curvature, settings.label_samples, settings.kl_weight, own.pop("block_tridiagonal"),
+                settings.compile,
+            )  # fmt: skip
+            self._points[guide] = PointEstimate(
+                model, guide, point, damping=settings.extrinsic_damping, trust_region=settings.trust_region,
+                statistics_every=self.statistics_every, inverses_every=self.inverses_every,
+                curvature_rate=self.curvature_rate, **own,
+            )  # fmt: skip
+        return self._points[guide]
+
+    def _natural_guide(self, guide: Any) -> NaturalGuide:
+        if not isinstance(guide, NaturalGuide):
+            raise ValueError(
+                f"the guide is {type(guide).__name__}, which has no natural gradient here: use AutoFactorizedNormal, "
+                "AutoMatrixNormal or AutoEigenNormal of bnn.guides, pyro.infer.autoguide.AutoDelta for a point "
+                "estimate by K-FAC, or pyro.infer.Trace_ELBO with this guide."
+            )
+        asked = [name for name, value in self._for_points.items() if value]
+        if asked:
+            raise ValueError(f"{', '.join(asked)} is for point estimates: use it with pyro.infer.autoguide.AutoDelta.")
+        return guide
 
     def _step(self, model: Any, guide: NaturalGuide, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
         key = (id(model), id(guide), _kind_of(args, kwargs))
@@ -232,16 +279,6 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
             f"at step {progress.count} {what}; the parameters keep their last finite values. Check the data for NaN "
             "and their scale, lower lr, or start closer to the prior mean (init_scale=, init_loc_fn=)."
         )
-
-
-def _natural_guide(guide: Any) -> NaturalGuide:
-    found = poutine.unwrap(guide) if hasattr(poutine, "unwrap") else guide
-    if not isinstance(found, NaturalGuide):
-        raise ValueError(
-            f"the guide is {type(found).__name__}, which has no natural gradient here: use AutoFactorizedNormal, "
-            "AutoMatrixNormal or AutoEigenNormal of bnn.guides, or pyro.infer.Trace_ELBO with this guide."
-        )
-    return found
 
 
 def _kind_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

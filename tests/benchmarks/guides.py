@@ -38,7 +38,7 @@ SGD, PYRO = "SGD, torch.nn and torch.optim", "AutoNormal with Adam, Trace_ELBO"
 # Case -> (row, reference, at most).
 BARS = {
     "S": [("factorized", PYRO, 0.15), ("matrix normal, 10/20", PYRO, 0.25)],
-    "M": [("factorized, 10/20", PYRO, 0.5), ("matrix normal, local, 10/20", SGD, 3.5)],
+    "M": [("factorized, 10/20", PYRO, 0.5), ("matrix normal, local, 10/20", SGD, 3.5), ("K-FAC, 10/20", SGD, 2.0)],
     "C": [("matrix normal, 10/20", SGD, 1.5), ("matrix normal, local, 10/20", SGD, 1.5)],
 }
 
@@ -65,7 +65,7 @@ def rows(case: Case) -> dict[str, Competitor]:
         "matrix normal, local, 10/20": ours(AutoMatrixNormal, noise="local", **INTERVALS),
         "noisy K-FAC, 10/20": ours(AutoMatrixNormal, damping="factored", **INTERVALS),
         "eigenbasis, 10/20": ours(AutoEigenNormal, **INTERVALS),
-        #        "K-FAC, 10/20": ours(AutoDelta, **INTERVALS),
+        "K-FAC, 10/20": ours(AutoDelta, **INTERVALS),
     }
     if case.name == "S":
         steps["matrix normal"] = ours(AutoMatrixNormal)

@@ -16,9 +16,13 @@ from bnn.guides import NaturalGradientDescent
 from bnn.guides._kfac_blocks import PointSettings
 from bnn.guides._kronecker import Damping, inverses
 from bnn.guides._point import Point
-from support.nets import BayesianMLP, data, labels, normal_prior, numbers
+from support.nets import BayesianMLP, ConvNet, GRUClassifier, WordBag, data, labels, normal_prior, numbers
 from support.point_estimates import REAL, Net, Objective, flat_of, gradient, guide_at, step_of
 from support.regression import Regression
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +44,7 @@ def several_kinds(x, y):
 
 
 @pytest.mark.parametrize(
-    ("kind", "curvature"), [("net", "ggn"), ("several kinds", "sampled"), ("several kinds", "empirical")]
+    ("kind", "curvature"), [("net", "ggn"), ("several kinds", "sampled"), slow("several kinds", "empirical")]
 )
 def test_the_loss_is_that_of_trace_elbo(kind, curvature):
     args, model = data(), BayesianMLP(12, None) if kind == "net" else several_kinds
@@ -111,6 +115,7 @@ def test_biases_alone_divide_by_their_squares():
     torch.testing.assert_close(update["shift"], -g / ((slope**2).sum(0) / 0.25 + 1.0))
 
 
+@pytest.mark.slow
 def test_sampled_moments_average_to_the_gauss_newton_ones():
     net, rows = Net((4, 3, 2), scale=0.6, classes=True), 9
     x, y = numbers(rows, 4), labels(rows, 2)
@@ -177,6 +182,51 @@ def test_the_prior_is_kept_for_some_steps_and_the_minimum_is_the_same():
     values = {name: value.detach() for name, value in guide.median().items()}
     grads = gradient(net, values, (x, y))
     assert max(float(g.abs().max()) for g in grads.values()) < 1e-3
+
+
+OPTIONS = {"rescale": True, "momentum": True, "block_tridiagonal": True}
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"), [("conv", OPTIONS), slow("conv", {}), slow("words", OPTIONS), slow("recurrent", {})]
+)
+def test_layers_of_other_kinds(case, settings):
+    torch.set_default_dtype(torch.float32)
+    models = {
+        "conv": (ConvNet(), numbers(6, 1, 14, 14)),
+        "words": (WordBag(), torch.arange(40).reshape(8, 5) % 7),
+        "recurrent": (GRUClassifier(), numbers(8, 5, 3)),
+    }
+    model, x = models[case]
+    guide = AutoDelta(model, init_loc_fn=init_to_sample)
+    svi = SVI(
+        model, guide, NaturalGradientDescent(0.1), Objective("sampled", damping=1.0, trust_region=1.0, **settings)
+    )
+    losses = [svi.step(x, labels(len(x), 3)) for _ in range(25)]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_batches_of_two_sizes():
+    net, guide = Net((20, 15, 2), scale=0.6), AutoDelta(Net((20, 15, 2), scale=0.6), init_loc_fn=init_to_sample)
+    objective = Objective(statistics_every=4, inverses_every=4, damping=1.0)
+    svi, losses = SVI(net, guide, NaturalGradientDescent(0.1), objective), []
+    for k in range(12):
+        rows = 30 if k % 3 < 2 else 3  # gradients of the second kind are thin
+        losses.append(svi.step(numbers(rows, 20), numbers(rows, 2)) / rows)
+    assert [point.sites.thin for point in objective.estimate._points.values()] == [set(), {0}]
+    assert losses[-2] < losses[0] and losses[-1] < losses[2]
+
+
+def test_a_reloaded_store_is_followed():
+    net, x, y = Net((4, 3, 2)), numbers(9, 4), numbers(9, 2)
+    guide, objective = AutoDelta(net, init_loc_fn=init_to_sample), Objective()
+    svi = SVI(net, guide, NaturalGradientDescent(0.3), objective)
+    first = svi.step(x, y)
+    state = pyro.get_param_store().get_state()
+    second = [svi.step(x, y), svi.step(x, y)][0]
+    assert second != first
+    pyro.get_param_store().set_state(state)
+    assert svi.step(x, y) == pytest.approx(Trace_ELBO().loss(net, guide, x, y), rel=0.5)
 
 
 def test_models_that_cannot_be_recorded_take_diagonal_steps():

@@ -122,6 +122,8 @@ def graph_disagreement(graph: ModelGraph, inputs: Sequence[Tensor]) -> str | Non
         if not abs(found - expected) <= ENERGY_TOLERANCE[double] * (1 + size):
             return f"its recorded log density is {found.item():.6g}, by the handlers {expected.item():.6g}"
         leaves = [*values.values(), *parameters]
+        if not (found.requires_grad and expected.requires_grad):
+            return None if found.requires_grad == expected.requires_grad else "only one of its forms has a gradient"
         grads = torch.autograd.grad(found, leaves, materialize_grads=True)
         wanted = torch.autograd.grad(expected, [*values.values(), *graph.parameters], materialize_grads=True)
     names = [f"site {name!r}" for name in values] + ["a parameter of the model"] * len(parameters)

@@ -305,6 +305,8 @@ def _fuse_multiply_add(graph_module: GraphModule) -> None:
             continue
         total, product = node.args
         sign = -1 if node.target is aten.sub.Tensor else 1
+        if total is product:
+            continue
         if not _is_single_product(product):
             if sign == -1 or not _is_single_product(total):
                 continue

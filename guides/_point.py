@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from bnn.guides._estimate import gradients
@@ -126,7 +125,8 @@ class Point:
                 layout[:] = found
                 return tuple(found.values())
 
-            self._programs[key] = choose(record(call, tensors), tensors, self.settings.compile, calls=1), layout
+            with torch.random.fork_rng(devices=[]):
+                self._programs[key] = choose(record(call, tensors), tensors, self.settings.compile, calls=1), layout
         program, layout = self._programs[key]
         return dict(zip(layout, program(*tensors), strict=True))
 
@@ -144,7 +144,8 @@ class Point:
         normal = self.sites.normal
 
         def wanted(key: TermKey) -> bool:
-            return (probes or key[0] != "probe") and not (key[0] == "prior" and key[1] in normal)
+            kinds = ("likelihood", "prior", "precision", "probe") if probes else ("likelihood", "prior")
+            return key[0] in kinds and not (key[0] == "prior" and key[1] in normal)
 
         terms, env = self.graph(values, batch.inputs, own, wanted=wanted, keep=keep)
         for name, (loc, scale) in normal.items():  # one pass over a large weight, not five
@@ -171,11 +172,9 @@ class Point:
         thin = {name for number in sites.thin for name in sites.blocks[number].names}
         with torch.enable_grad():
             leaves, own = tensors_of(values), [p.detach().requires_grad_() for p in batch.parameters]
-            with poutine.trace(param_only=True) as capture:
-                terms, env = self._terms(leaves, batch, own, statistics, True)
+            terms, env = self._terms(leaves, batch, own, statistics, True)
             if self.graph.graph is None:
-                found: Any = capture.trace.nodes
-                batch.leaves = own = [site["value"].unconstrained() for site in found.values()]
+                batch.leaves = own = self.graph.seen_parameters
             likelihood, prior = total_of(terms.likelihood.values()), total_of(terms.prior.values())
             fat = {name: leaf for name, leaf in leaves.items() if name not in thin}
             nodes = [] if self.capture is None else self.capture.nodes(sorted(thin))

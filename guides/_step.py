@@ -205,7 +205,8 @@ class Step:
             outputs, layout[:] = _flatten(self._combine(params, particles))
             return tuple(outputs)
 
-        program = choose(record(function, tensors), tensors, self.settings.compile, calls=1)
+        with torch.random.fork_rng(devices=[]):  # a run that resumes here draws what the first one drew
+            program = choose(record(function, tensors), tensors, self.settings.compile, calls=1)
         return _Recorded(program, layout)
 
     def _by_handlers(

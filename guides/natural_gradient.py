@@ -66,7 +66,8 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
     :param num_particles: draws from the guide per step.
     :param vectorize_particles: accepted as in Pyro; the recorded step holds all particles in any case.
     :param check_every: steps between comparisons of the captured gradients with autograd's; 0 for none.
-    :param adaptive_damping: for ``AutoDelta``: ``extrinsic_damping`` follows the rule of Levenberg and Marquardt.
+    :param adaptive_damping: for ``AutoDelta``: ``extrinsic_damping`` follows the rule of Levenberg and Marquardt, from
+        a positive start. Deep nets on minibatches want a damping of about a thousandth of the number of data.
     :param rescale: for ``AutoDelta``: scale the step to the minimum of the quadratic model; use ``lr=1``.
     :param rescale_momentum: for ``AutoDelta``: and add the best multiple of the step before.
     :param block_tridiagonal: for ``AutoDelta``: curvature also between neighbouring layers.
@@ -150,7 +151,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         progress.check_optimizer()
         since = progress.count % self.inverses_every
         params = progress.parameters.current()
-        if progress.count and not since:
+        if progress.count and not since and self._has_moments(natural):
             params = self._refresh(natural, params, progress)
         if since % progress.prior_every(self.inverses_every) == 0:
             progress.priors = {}
@@ -238,6 +239,10 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
                 stacklevel=6,
             )
 
+    def _has_moments(self, guide: NaturalGuide) -> bool:
+        """Whether a block keeps second moments; the others' statistics end with the update of their factors."""
+        return self.settings.factored or any(isinstance(block, EigenBlock) for block in guide.blocks)
+
     def _refresh(self, guide: NaturalGuide, params: list[dict[str, Tensor]], progress: Progress) -> Any:
         """Second moments into bases and factors."""
         for number, (block, leaves) in enumerate(zip(guide.blocks, progress.parameters.leaves, strict=True)):
@@ -266,6 +271,8 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
             for name, leaf in leaves.items():
                 leaf.grad = gradients[name].reshape(leaf.shape) if name in gradients else None
                 setattr(leaf, NATURAL, natural.get(name))
+        if due and not self._has_moments(guide):
+            progress.forget()
         progress.remember()
 
     def _checked_loss(self, result: Result, guide: NaturalGuide, progress: Progress) -> float:
@@ -283,6 +290,8 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
 
 def _kind_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """A key for all that a recording depends on: shapes of tensors, and everything else by value."""
+    if not kwargs and all(isinstance(argument, Tensor) for argument in args):
+        return tuple(_key(argument) for argument in args)
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     return str(spec), tuple(_key(leaf) for leaf in leaves)
 

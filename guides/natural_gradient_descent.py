@@ -60,6 +60,10 @@ class NaturalGradientOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step on every parameter that has a gradient."""
+        self.move()
+
+    def move(self) -> None:
+        """The same without the hooks that PyTorch puts around every optimizer's step, which cost more than it does."""
         for group in self.param_groups:
             lr, first = group["lr"], group["first_lr"]
             full = 0.5 * first if group["precision_lr"] is None else group["precision_lr"]
@@ -148,3 +152,13 @@ class NaturalGradientDescent(PyroOptim):
         args = {"lr": lr, "precision_lr": precision_lr, "momentum": momentum, "other_lr": other_lr}
         NaturalGradientOptimizer([torch.zeros(())], **args)  # type: ignore[arg-type]  # checks the numbers now
         super().__init__(NaturalGradientOptimizer, args)
+
+    def __call__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+        """A step on every parameter; ``SVI`` calls this."""
+        with torch.no_grad():
+            for parameter in params:
+                optimizer = self.optim_objs.get(parameter)
+                if optimizer is None or self.grad_clip[parameter] is not None:
+                    super().__call__([parameter], *args, **kwargs)
+                else:
+                    optimizer.move()

@@ -39,7 +39,7 @@ SGD, PYRO = "SGD, torch.nn and torch.optim", "AutoNormal with Adam, Trace_ELBO"
 BARS = {
     "S": [("factorized", PYRO, 0.15), ("matrix normal, 10/20", PYRO, 0.25)],
     "M": [("factorized, 10/20", PYRO, 0.5), ("matrix normal, local, 10/20", SGD, 3.5), ("K-FAC, 10/20", SGD, 2.0)],
-    "C": [("matrix normal, 10/20", SGD, 1.5), ("matrix normal, local, 10/20", SGD, 1.5)],
+    "C": [("matrix normal, 10/20", SGD, 1.5)],
 }
 
 

@@ -167,3 +167,12 @@ def test_views_of_the_position_are_of_this_calls_position():
     program(second)
     for got, wanted in zip(kept, function(first), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_a_product_added_to_itself_is_not_fused_away() -> None:
+    def doubled(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        product = x * x.exp()
+        return (product + product,)
+
+    x = torch.randn(5)
+    torch.testing.assert_close(run_fx(record(doubled, [x]))(x)[0], doubled(x)[0])

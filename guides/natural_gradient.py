@@ -151,7 +151,9 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         progress.check_optimizer()
         since = progress.count % self.inverses_every
         params = progress.parameters.current()
+        saved: list[tuple[Tensor, Tensor]] = []
         if progress.count and not since and self._has_moments(natural):
+            saved = [(tensor, tensor.detach().clone()) for tensor in [*natural.parameters(), *natural.buffers()]]
             params = self._refresh(natural, params, progress)
         if since % progress.prior_every(self.inverses_every) == 0:
             progress.priors = {}
@@ -160,7 +162,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         if self.check_every and progress.count and progress.count % self.check_every == 0:
             self._warn_about(step.check(args, kwargs, params))
         result, leaves = step(args, kwargs, params, statistics, progress.priors)
-        loss = self._checked_loss(result, natural, progress)
+        loss = self._checked_loss(result, natural, progress, saved)
         progress.count += 1
         progress.priors = result.priors
         if statistics:
@@ -275,10 +277,15 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
             progress.forget()
         progress.remember()
 
-    def _checked_loss(self, result: Result, guide: NaturalGuide, progress: Progress) -> float:
+    def _checked_loss(
+        self, result: Result, guide: NaturalGuide, progress: Progress, saved: list[tuple[Tensor, Tensor]]
+    ) -> float:
         loss, size = float(result.loss), float(result.size)
         if math.isfinite(loss) and math.isfinite(size):
             return loss
+        with torch.no_grad():
+            for tensor, value in saved:
+                tensor.copy_(value)
         pairs = zip(guide.blocks, result.directions, strict=True)
         bad = ["+".join(block.names) for block, direction in pairs if not torch.isfinite(direction).all()]
         what = f"the gradient is not finite at sites {bad}" if bad else f"the loss is {loss}"

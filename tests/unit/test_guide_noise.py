@@ -158,7 +158,6 @@ def test_expected_loss_and_gradients_are_those_of_noisy_weights(make: Any, noise
     (first, first_variance), (second, second_variance) = means
     z = (first - second) / (first_variance + second_variance).sqrt()
     assert z.abs().max() < 5.5
-    assert second_variance.sum() < first_variance.sum()
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.7])

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
+from bnn.guides._svi import OptimizerCheck, steps_per_unit, tell
 from bnn.guides.natural_gradient_descent import NATURAL, Natural
 
 
@@ -23,8 +24,7 @@ class PointLeaves:
 
     def __init__(self, guide: AutoDelta) -> None:
         self._guide = guide
-        self._first: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        self._checked = False
+        self._check_optimizer = OptimizerCheck()
         self.names: dict[str, str] = {}
         self.leaves: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
@@ -36,7 +36,7 @@ class PointLeaves:
         prefix = f"{self._guide._pyro_name}." if self._guide._pyro_name else ""
         sites = [name for name, node in nodes.items() if node["type"] == "sample" and not node["is_observed"]]
         self.names = {name: prefix + name for name in sites if prefix + name in nodes}
-        self._first = None
+        self._check_optimizer = OptimizerCheck()
         self.leaves = {name: nodes[full]["value"].unconstrained() for name, full in self.names.items()}
         self.buffers = {name: torch.zeros(leaf.shape).to(leaf) for name, leaf in self.leaves.items()}
 
@@ -61,10 +61,8 @@ class PointLeaves:
             )
 
     def steps_per_unit(self) -> int:
-        """Steps that make up a rate of one; 1 where the rate is not known."""
-        natural = getattr(next(iter(self.leaves.values())), NATURAL, None)
-        rate = None if natural is None else natural.rate
-        return 1 if rate is None else int(1.0 / max(rate, 1e-9)) or 1
+        """Steps that make up a rate of one."""
+        return steps_per_unit(next(iter(self.leaves.values())))
 
     def write(self) -> None:
         """Buffers into ``.grad``, marked for :class:`bnn.guides.NaturalGradientDescent`."""
@@ -72,43 +70,8 @@ class PointLeaves:
             leaf.grad = self.buffers[name]
             if getattr(leaf, NATURAL, None) is None:
                 setattr(leaf, NATURAL, Natural("loc"))
-        if not self._checked and self._first is None:
-            self._first = [(leaf, leaf.detach().clone(), self.buffers[n].clone()) for n, leaf in self.leaves.items()]
-
-    def _check_optimizer(self) -> None:
-        """:raises ValueError: if the first step was not along the gradient, as Adam's is not."""
-        if self._first is None:
-            return
-        first, self._first, self._checked = self._first, None, True
-        for leaf, before, grad in first:
-            step = before - leaf.detach()
-            sizes = step.norm() * grad.norm()
-            if step.norm() <= 1e4 * torch.finfo(step.dtype).eps * before.norm():
-                continue  # what is left of the step after rounding has no direction
-            if sizes > 0 and leaf.numel() > 1 and (step * grad).sum() < 0.99 * sizes:
-                self._checked = False
-                raise ValueError(
-                    "the optimizer does not step along the natural gradient that it is given: it rescales every entry, "
-                    "as Adam does, which undoes it. Use bnn.guides.NaturalGradientDescent (or pyro.optim.SGD); for "
-                    "Adam, use pyro.infer.Trace_ELBO in place of TraceNaturalGradient_ELBO."
-                )
+        self._check_optimizer.remember(self.leaves.values())
 
     def tell(self, others: Iterable[Tensor]) -> None:
-        """A ``param`` statement for each tensor that an optimizer is to move."""
-        statement = pyro.poutine.runtime.effectful(type="param")(lambda handle: handle)
-        for name, leaf in self.leaves.items():
-            statement(_Handle(leaf), name=self.names[name])
-        for leaf in others:
-            statement(_Handle(leaf), name=f"parameter_{id(leaf)}")
-
-
-class _Handle:
-    """What ``SVI`` asks a parameter for."""
-
-    __slots__ = ("leaf",)
-
-    def __init__(self, leaf: Tensor) -> None:
-        self.leaf = leaf
-
-    def unconstrained(self) -> Tensor:
-        return self.leaf
+        """Name to ``SVI`` the parameters of the guide, and ``others``."""
+        tell([(self.names[name], leaf) for name, leaf in self.leaves.items()], others)

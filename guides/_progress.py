@@ -13,7 +13,7 @@ from torch.distributions import constraints, transform_to
 
 from bnn.guides._base import NaturalGuide
 from bnn.guides._step import Result
-from bnn.guides.natural_gradient_descent import NATURAL
+from bnn.guides._svi import OptimizerCheck, steps_per_unit, tell
 
 
 class Parameters:
@@ -62,13 +62,8 @@ class Parameters:
         return self._values
 
     def tell(self, others: list[Tensor]) -> None:
-        """A ``param`` statement for each tensor that an optimizer is to move, without computing constrained values."""
-        statement = pyro.poutine.runtime.effectful(type="param")(lambda handle: handle)
-        for leaves in self.leaves:
-            for leaf in leaves.values():
-                statement(_Handle(leaf), name=self.names[id(leaf)])
-        for leaf in others:
-            statement(_Handle(leaf), name=f"parameter_{id(leaf)}")
+        """Name to ``SVI`` the parameters of the guide, and ``others``."""
+        tell([(self.names[id(leaf)], leaf) for leaves in self.leaves for leaf in leaves.values()], others)
 
 
 def _constrained(leaf: Tensor, constraint: Any) -> Tensor:
@@ -78,18 +73,6 @@ def _constrained(leaf: Tensor, constraint: Any) -> Tensor:
     factor = leaf.tril(-1)  # as the transform, without three more matrices
     factor.diagonal().copy_(leaf.diagonal().exp())
     return factor
-
-
-class _Handle:
-    """What ``SVI`` asks a parameter for."""
-
-    __slots__ = ("leaf",)
-
-    def __init__(self, leaf: Tensor) -> None:
-        self.leaf = leaf
-
-    def unconstrained(self) -> Tensor:
-        return self.leaf
 
 
 class Progress:
@@ -106,8 +89,7 @@ class Progress:
         self.events = 0
         self._sums: list[dict[str, Tensor]] = []
         self._moments: dict[int, dict[str, Tensor]] = {}
-        self._first: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        self._checked = False
+        self.check_optimizer = OptimizerCheck()
 
     def add(self, result: Result) -> None:
         """Take statistics in."""
@@ -136,31 +118,4 @@ class Progress:
 
     def prior_every(self, inverses_every: int) -> int:
         """Steps for which the prior's part of a direction may be used again: the rate times them is at most one."""
-        natural = getattr(self.parameters.leaves[0]["loc"], NATURAL, None)
-        rate = None if natural is None else natural.rate
-        return 1 if rate is None else min(inverses_every, int(1.0 / max(rate, 1e-9)) or 1)
-
-    # ---- whether the optimizer follows the gradient
-
-    def remember(self) -> None:
-        """At the first step, where each location stood and where its gradient points."""
-        if self._checked or self._first is not None:
-            return
-        leaves = [leaves["loc"] for leaves in self.parameters.leaves]
-        self._first = [(leaf, leaf.detach().clone(), leaf.grad.clone()) for leaf in leaves]
-
-    def check_optimizer(self) -> None:
-        """:raises ValueError: if the first step was not along the natural gradient, as Adam's is not."""
-        if self._first is None or self._checked:
-            return
-        for leaf, before, grad in self._first:
-            step = before - leaf.detach()
-            sizes = step.norm() * grad.norm()
-            if sizes > 0 and leaf.numel() > 1 and (step * grad).sum() < 0.99 * sizes:
-                self._first = None
-                raise ValueError(
-                    "the optimizer does not step along the natural gradient that it is given: it rescales every entry, "
-                    "as Adam does, which undoes it. Use bnn.guides.NaturalGradientDescent (or pyro.optim.SGD); for "
-                    "Adam, use pyro.infer.Trace_ELBO in place of TraceNaturalGradient_ELBO."
-                )
-        self._first, self._checked = None, True
+        return min(inverses_every, steps_per_unit(self.parameters.leaves[0]["loc"]))

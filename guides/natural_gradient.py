@@ -275,7 +275,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
                 setattr(leaf, NATURAL, natural.get(name))
         if due and not self._has_moments(guide):
             progress.forget()
-        progress.remember()
+        progress.check_optimizer.remember(leaves["loc"] for leaves in progress.parameters.leaves)
 
     def _checked_loss(
         self, result: Result, guide: NaturalGuide, progress: Progress, saved: list[tuple[Tensor, Tensor]]

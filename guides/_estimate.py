@@ -94,7 +94,9 @@ class Estimator:
                 self.known_precision.add(name)
         sites = self.graph.structure.sites
         for name in self.known_precision:
-            normal, alone = sites[name].normal, not any(n in of_prior[name] for m, n in starts.items() if m != name)
+            # Two runs saw the same numbers; they are fixed if no other latent, datum or parameter enters them.
+            law = reaching([ends["prior", name, 0], ends["precision", name, 0]])
+            normal, alone = sites[name].normal, law.isdisjoint({*placeholders} - {starts[name]})
             if normal is not None and sites[name].transform is None and alone:
                 self.fixed[name] = normal
         if self.settings.curvature == "reparametrization":

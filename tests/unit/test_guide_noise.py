@@ -208,3 +208,15 @@ def test_triangular_products(size: int) -> None:
     torch.testing.assert_close(lower_times_lower(lower, other), lower @ other)
     torch.testing.assert_close(weighted_gram(lower, weights), lower.T @ weights.diag() @ lower)
     torch.testing.assert_close(squared_norms(x), x.square().sum(-1))
+
+
+@pytest.mark.parametrize("noise", ["weights", "flipout"])
+def test_a_learned_prior_scale_is_not_taken_for_a_fixed_one(noise: str) -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(OUTPUTS, INPUTS), scale).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ weight.T, 0.5).to_event(1), obs=y)
+
+    guide, _, args = prepared(AutoMatrixNormal, model, noise=noise)
+    assert pyro.param("scale").unconstrained().grad.abs() > 1e-3

@@ -198,15 +198,16 @@ class ModelGraph:
         return Terms.of({key: env[node] for key, node in results.items()}), env
 
 
-def reaching(nodes: Sequence[Node]) -> set[Node]:
-    """All nodes that ``nodes`` are computed from, themselves included."""
+def reaching(nodes: Sequence[Node], *, gradients: bool = False) -> set[Node]:
+    """All nodes that ``nodes`` are computed from, themselves included; or only those that their gradients flow to."""
     found: set[Node] = set()
     todo = [node for node in nodes if isinstance(node, Node)]
     while todo:
         node = todo.pop()
         if node not in found:
             found.add(node)
-            todo.extend(node.all_input_nodes)
+            stops = gradients and node.target is torch.ops.aten.detach.default
+            todo.extend(() if stops else node.all_input_nodes)
     return found
 
 

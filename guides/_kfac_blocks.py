@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,10 +100,12 @@ class Blocks:
         ends = dict(zip(self.graph.keys, output.args[0], strict=True))
         placeholders = [node for node in nodes if node.op == "placeholder"]
         starts = dict(zip(self.graph.structure.sites, placeholders, strict=False))
-        of_probes = _differentiated([end for (kind, *_), end in ends.items() if kind == "probe"])
+        of_probes = reaching([end for (kind, *_), end in ends.items() if kind == "probe"], gradients=True)
         likelihoods = {name: end for (kind, name, _), end in ends.items() if kind == "likelihood"}
-        of_likelihood = _differentiated(list(likelihoods.values()))
-        of_factors = _differentiated([end for name, end in likelihoods.items() if name not in self.graph.observed])
+        of_likelihood = reaching(list(likelihoods.values()), gradients=True)
+        of_factors = reaching(
+            [end for name, end in likelihoods.items() if name not in self.graph.observed], gradients=True
+        )
         of_prior = {name: reaching([ends["prior", name, 0]]) for name in starts}
         for name, node in starts.items():
             if node in of_factors or (node in of_likelihood and node not in of_probes):
@@ -171,18 +173,6 @@ def _rows_of(use: Use) -> int:
     tag = use.weight or use.bias
     assert tag is not None
     return int(use.node.meta["val"].numel()) // len(tag.index)
-
-
-def _differentiated(nodes: Sequence[Node]) -> set[Node]:
-    """All nodes that gradients of ``nodes`` flow to."""
-    found: set[Node] = set()
-    todo = [node for node in nodes if isinstance(node, Node)]
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend(() if node.target is torch.ops.aten.detach.default else node.all_input_nodes)
-    return found
 
 
 def tensors_of(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

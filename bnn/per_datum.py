@@ -8,7 +8,7 @@ and Grosse 2015; for convolutions, Grosse and Martens 2016).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ class Block:
 
     def by_datum(self, x: Tensor) -> Tensor:
         """Rows ``(rows, k)`` as ``(data, places, k)``."""
+        if len(x) == self.count:
+            return x.unsqueeze(1)
         parts = x.reshape(-1, self.count, self.inner, x.shape[-1])
         return parts.transpose(0, 1).reshape(self.count, -1, x.shape[-1])
 
@@ -50,11 +52,15 @@ class PerDatum:
     def __init__(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.pieces = list(pieces)
 
-    def transformed(self, columns: Tensor | None, rows: Tensor | None) -> PerDatum:
-        """The gradients ``rowsᵀ G_n columns``."""
-        return PerDatum(
-            [(a if columns is None else a @ columns, g if rows is None else g @ rows) for a, g in self.pieces]
-        )
+    def transformed(
+        self, columns: Tensor | None, rows: Tensor | None, times: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+    ) -> PerDatum:
+        """The gradients ``rowsᵀ G_n columns``; ``times`` multiplies a matrix with either."""
+
+        def moved(x: Tensor, by: Tensor | None) -> Tensor:
+            return x if by is None else times(x.flatten(0, 1), by).unflatten(0, x.shape[:2])
+
+        return PerDatum([(moved(a, columns), moved(g, rows)) for a, g in self.pieces])
 
     def total(self) -> Tensor:
         """Σ_n G_n."""
@@ -182,11 +188,9 @@ def _parts(
     if weight is not None:
         a = inputs if weight.factor == 1.0 else inputs * weight.factor
         if weight.outputs_are_rows:
-            a = placed(a, weight.columns, shape[1])
-            if bias is not None and bias.outputs_are_rows and bias.rows == weight.rows:
-                column = bias.columns[0]
-                constant = a.new_full((len(a), 1), bias.factor)
-                a, bias = torch.cat([a[:, :column], constant, a[:, column + 1 :]], 1), None
+            joined = bias if bias is not None and bias.outputs_are_rows and bias.rows == weight.rows else None
+            a = with_constant(a, weight.columns, shape[1], joined)
+            bias = bias if joined is None else None
             parts.append((a, placed(rows, weight.rows, shape[0])))
         else:
             parts.append((placed(rows, weight.columns, shape[1]), placed(a, weight.rows, shape[0])))
@@ -222,6 +226,17 @@ def placed(x: Tensor, positions: Sequence[int], size: int) -> Tensor:
     if list(positions) == list(range(first, first + count)):
         return x if count == size else torch.nn.functional.pad(x, (first, size - first - count))
     return x.new_zeros(len(x), size).index_add(1, torch.tensor(positions, device=x.device), x)
+
+
+def with_constant(a: Tensor, positions: Sequence[int], size: int, bias: Arrangement | None) -> Tensor:
+    """:func:`placed`, with the input of a bias, which is constant, in its column."""
+    if bias is None:
+        return placed(a, positions, size)
+    column, constant = bias.columns[0], a.new_full((len(a), 1), bias.factor)
+    if column == 0 and list(positions) == list(range(1, size)):
+        return torch.cat([constant, a], 1)
+    a = placed(a, positions, size)
+    return torch.cat([a[:, :column], constant, a[:, column + 1 :]], 1)
 
 
 def squares_per_datum(

@@ -57,13 +57,17 @@ class LatentSite:
 
 @dataclass
 class Factors:
-    """W − M = R (σ ∘ E) Cᵀ; None is the unit matrix, or 1. R and C may be lower triangular."""
+    """W − M = R (σ ∘ E) Cᵀ; None is the unit matrix, or 1. R and C may be lower triangular.
+
+    :ivar covariance: C Cᵀ, where it is at hand.
+    """
 
     rows: Tensor | None
     scale: Tensor | None
     columns: Tensor | None
     noise: Tensor
     triangular: bool = False
+    covariance: Tensor | None = None
 
 
 @dataclass
@@ -74,7 +78,8 @@ class Curvature:
     :ivar env: values of the graph's nodes.
     :ivar grads: per probe, gradients at the outputs of the uses.
     :ivar universal: per probe, gradient of a sampled-label log-likelihood with respect to the sites without capture.
-    :ivar precision: diagonal of the prior's curvature, per site, unconstrained.
+    :ivar precision: diagonal of the prior's curvature, per site, unconstrained; one number where all are
+        equal, and the same tensor for sites of the same number.
     :ivar weight: what the likelihood's curvature is multiplied with: 1 / kl_weight.
     """
 
@@ -84,6 +89,10 @@ class Curvature:
     universal: Sequence[Mapping[str, Tensor]]
     precision: Mapping[str, Tensor]
     weight: float
+
+    def precisions(self, sites: Sequence[LatentSite]) -> dict[str, Tensor]:
+        """The diagonal of each site in its own shape."""
+        return {site.name: self.precision[site.name].expand(site.shape) for site in sites}
 
 
 class Block(ABC):
@@ -160,14 +169,22 @@ class Block(ABC):
     def variance(self, params: Params) -> Tensor:
         """Variance of each entry, in the block's shape."""
 
+    def total_variances(self, params: Params) -> dict[str, Tensor]:
+        """Sum of the variances of each site's entries."""
+        return {name: value.sum() for name, value in self.split(self.variance(params)).items()}
+
     # ---- its natural gradient
 
     @abstractmethod
     def targets(self, params: Params, curvature: Curvature) -> dict[str, Tensor]:
+        """What :meth:`finished` makes the relative precisions of, after a mean over steps."""
+
+    def finished(self, params: Params, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Precision that the data and the prior ask for, relative to the present one, per parameter of the scale.
 
         All are 1, or the unit matrix, at the fixed point.
         """
+        return {name: means[name] for name in self.parameters if name in means}
 
     @abstractmethod
     def scale_gradients(self, params: Params, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:

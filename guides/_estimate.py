@@ -60,6 +60,7 @@ class Estimator:
     :param inputs: example rows and data.
     :ivar perturbed: sites whose noise is put at the outputs of layers.
     :ivar thin: numbers of the blocks whose direction is computed from thin factors.
+    :ivar covariances: numbers of the blocks whose covariances are needed besides their factors.
     :ivar reasons: site -> why its gradients per datum are not captured.
     """
 
@@ -72,6 +73,7 @@ class Estimator:
         self.fixed: dict[str, tuple[float, float]] = {}
         self.perturbed: dict[str, list[Layer]] = {}
         self.thin: set[int] = set()
+        self.covariances: set[int] = set()
         self.reasons: dict[str, str] = {}
         if graph.graph is not None:
             self._inspect(inputs)
@@ -116,9 +118,12 @@ class Estimator:
                 layers = layers_of(block, names, {name: uses[name] for name in names if name in uses})
                 if layers is not None and (self.settings.noise != "shared" or is_thin(block, layers)):
                     self.perturbed.update(dict.fromkeys(names, layers))
-            if block.names[0] in self.perturbed and not self.settings.extrinsic_damping:
-                if is_thin(block, self.perturbed[block.names[0]]):
-                    self.thin.add(number)
+            if block.names[0] not in self.perturbed:
+                continue
+            if not self.settings.extrinsic_damping and is_thin(block, self.perturbed[block.names[0]]):
+                self.thin.add(number)
+            if number in self.thin or (block.family == "matrix" and self.settings.noise == "local"):
+                self.covariances.add(number)
 
     def captured(self) -> list[str]:
         """Sites whose gradients per datum are captured; of a weight and its bias both or none."""
@@ -140,6 +145,7 @@ class Estimator:
             for group in _groups(block):
                 if any(name in names for name in group):
                     self.thin.discard(number)
+                    self.covariances.discard(number)
                     for name in group:
                         self.perturbed.pop(name, None)
 
@@ -249,9 +255,9 @@ class Estimator:
             result = result + 0.5 * landing.square().sum()
         names = [name for name in block.names if name in self.perturbed]
         if names:
-            variances = block.split(block.variance(params))
+            variances = block.total_variances(params)
             for name in names:
-                result = result + 0.5 * (block.numel_of(name) - variances[name].sum() / self.fixed[name][1] ** 2)
+                result = result + 0.5 * (block.numel_of(name) - variances[name] / self.fixed[name][1] ** 2)
         return result
 
     def _constrain(self, leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | float]:
@@ -309,11 +315,13 @@ class Estimator:
     ) -> dict[str, Tensor]:
         if all(name in self.reparametrized for name in block.names):
             return block.reparametrized_targets(sample.noise, self._bounded(block, sample))
-        precision = {}
+        precision: dict[str, Tensor] = {}
+        numbers: dict[float, Tensor] = {}
         for name in block.names:
             if name in self.fixed and name not in self.reparametrized:
-                shape = self.graph.structure.sites[name].shape
-                precision[name] = sample.noise.new_full((), self.fixed[name][1] ** -2).expand(shape)
+                deviation = self.fixed[name][1]
+                numbers.setdefault(deviation, sample.noise.new_full((), deviation**-2))
+                precision[name] = numbers[deviation]
                 continue
             if name in self.known_precision and name not in self.reparametrized:
                 precision[name] = sample.terms.precision[name]

@@ -25,7 +25,7 @@ from torch.fx import Node
 from bnn.guides._blocks import Block, Factors
 from bnn.guides._triangular import times_lower, times_upper
 from bnn.layers import Use
-from bnn.per_datum import Arrangement, Place, placed
+from bnn.per_datum import Arrangement, Place, with_constant
 from bnn.per_datum import Block as Data
 
 NOISES = ("weights", "shared", "flipout", "local")
@@ -60,12 +60,8 @@ class Layer:
     def inputs(self, env: Mapping[Node, Any], dtype: torch.dtype) -> Tensor:
         """Rows in the columns of the block's matrix."""
         a = self.use.inputs(env).to(dtype)
-        a = placed(a if self.weight.factor == 1.0 else a * self.weight.factor, self.weight.columns, self.shape[1])
-        if self.bias is None:
-            return a
-        column = self.bias.columns[0]
-        constant = a.new_full((len(a), 1), self.bias.factor)
-        return torch.cat([a[:, :column], constant, a[:, column + 1 :]], 1)
+        a = a if self.weight.factor == 1.0 else a * self.weight.factor
+        return with_constant(a, self.weight.columns, self.shape[1], self.bias)
 
     def outputs(self, rows: Tensor) -> Tensor:
         """Rows of the block's matrix in the shape of the layer's output."""
@@ -140,16 +136,14 @@ class Perturbation:
         signs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
         def noise(layer: Layer, a: Tensor) -> Tensor:
-            inner, data = _input(a, factors), layer.data
+            data = layer.data
             if self.kind == "local" and layer.is_local:
-                squares = inner.square()
-                if factors.scale is None:
-                    variance = squares.sum(-1, keepdim=True)
-                else:
-                    variance = squares @ factors.scale.square().mT
                 fresh = torch.randn(len(a), len(scaled), dtype=a.dtype, device=a.device)
+                if factors.scale is None:  # one variance for all outputs of a datum
+                    return _squared_norms(a, factors).clamp_min(1e-30).sqrt() * _output(fresh, factors)
+                variance = _input(a, factors).square() @ factors.scale.square().mT
                 return _output(variance.clamp_min(1e-30).sqrt() * fresh, factors)
-            key = (data.start, data.count)
+            inner, key = _input(a, factors), (data.start, data.count)
             if key not in signs:  # a datum keeps its signs in every place and use
                 signs[key] = _signs(data.count, scaled.shape[1], a), _signs(data.count, scaled.shape[0], a)
             of_inputs, of_outputs = (_by_row(sign, data, len(a)) for sign in signs[key])
@@ -175,6 +169,15 @@ def _input(a: Tensor, factors: Factors) -> Tensor:
     if factors.columns is None:
         return a
     return times_lower(a, factors.columns) if factors.triangular else a @ factors.columns
+
+
+def _squared_norms(a: Tensor, factors: Factors) -> Tensor:
+    """‖a C‖² for each row."""
+    if factors.covariance is None:
+        return _input(a, factors).square().sum(-1, keepdim=True)
+    fixed = a.detach()
+    # aᵀΣa with its gradient 2Σa, for which Σ need not be multiplied again.
+    return ((2.0 * a - fixed) * (fixed @ factors.covariance)).sum(-1, keepdim=True)
 
 
 def _output(rows: Tensor, factors: Factors) -> Tensor:

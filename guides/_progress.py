@@ -14,6 +14,7 @@ from torch.distributions import constraints, transform_to
 from bnn.guides._base import NaturalGuide
 from bnn.guides._step import Result
 from bnn.guides._svi import OptimizerCheck, steps_per_unit, tell
+from bnn.guides._thin import Covariances
 
 
 class Parameters:
@@ -70,8 +71,8 @@ def _constrained(leaf: Tensor, constraint: Any) -> Tensor:
     if constraint is not constraints.lower_cholesky:
         result: Tensor = transform_to(constraint)(leaf)
         return result
-    factor = leaf.tril(-1)  # as the transform, without three more matrices
-    factor.diagonal().copy_(leaf.diagonal().exp())
+    factor = leaf.clone()  # as the transform, without three more matrices: nothing moves what is above the diagonal
+    factor.diagonal().exp_()
     return factor
 
 
@@ -90,6 +91,7 @@ class Progress:
         self._sums: list[dict[str, Tensor]] = []
         self._moments: dict[int, dict[str, Tensor]] = {}
         self.check_optimizer = OptimizerCheck()
+        self.covariances = Covariances()
 
     def add(self, result: Result) -> None:
         """Take statistics in."""

@@ -40,6 +40,12 @@ def steps_per_unit(leaf: Tensor) -> int:
     return 1 if rate is None else int(1.0 / max(rate, 1e-9)) or 1
 
 
+def is_followed(leaf: Tensor) -> bool:
+    """Whether the optimizer has shown by its last step that it reads more than gradients."""
+    natural = getattr(leaf, NATURAL, None)
+    return natural is not None and natural.rate is not None
+
+
 class OptimizerCheck:
     """Whether the first step of an optimizer was along the gradient that it was given."""
 

@@ -7,7 +7,7 @@ direction is computed anew only every few steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from bnn.guides._blocks import Block, Params
 from bnn.guides._perturbed import Layer
-from bnn.guides._triangular import times_lower, times_upper
+from bnn.guides._triangular import covariance_of
 from bnn.per_datum import placed
 
 
@@ -46,6 +46,25 @@ def is_thin(block: Block, layers: Sequence[Layer]) -> bool:
     return places * (rows**2 + cols**2) < rows * cols * (rows + cols)
 
 
+class Covariances:
+    """U Uᵀ and V Vᵀ of blocks with thin directions, computed anew where the factors have been."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
+
+    def __call__(self, params: Sequence[Params], numbers: Container[int]) -> list[Params]:
+        """The parameters of all blocks, with the covariances of those in ``numbers``."""
+        return [{**p, **self._of(k, p)} if k in numbers else p for k, p in enumerate(params)]
+
+    def _of(self, number: int, params: Params) -> dict[str, Tensor]:
+        rows, cols = params["row_scale_tril"], params["col_scale_tril"]
+        known = self._known.get(number)
+        if known is None or known[0] is not rows or known[1] is not cols:
+            found = {"row_covariance": covariance_of(rows), "col_covariance": covariance_of(cols)}
+            self._known[number] = known = rows, cols, found
+        return known[2]
+
+
 def thin_direction(
     params: Params,
     layers: Sequence[Layer],
@@ -57,7 +76,7 @@ def thin_direction(
 ) -> Thin:
     """The natural direction of a matrix normal's location.
 
-    :param params: its parameters.
+    :param params: its parameters and covariances.
     :param layers: all uses of its sites.
     :param env: values of the graph's nodes.
     :param grads: gradients of the log-likelihood at the outputs of the uses.
@@ -65,21 +84,20 @@ def thin_direction(
     :param prior_gradient: gradient of the log prior; None if what follows is known.
     :param known: Σ times it, and its decrement. The whole decrement is then bounded by (√ + √)².
     """
-    rows, cols = params["row_scale_tril"], params["col_scale_tril"]
+    rows, cols = params["row_covariance"], params["col_covariance"]
     outputs = [layer.use.rows(grads[layer.use.node], env) for layer in layers]
     a = _stacked([layer.inputs(env, g.dtype) for layer, g in zip(layers, outputs, strict=True)])
     g = _stacked([placed(g, layer.weight.rows, len(rows)) for layer, g in zip(layers, outputs, strict=True)])
-    a, g = times_lower(a, cols), times_lower(g if weight == 1.0 else g / weight, rows)
-    decrement = ((a @ a.mT) * (g @ g.mT)).sum()
-    g, a = times_upper(g, rows), times_upper(a, cols)
+    g = g if weight == 1.0 else g / weight
+    of_a, of_g = a @ cols, g @ rows
+    decrement = ((of_a @ a.mT) * (of_g @ g.mT)).sum()
     if known is not None:
         prior, size = known
-        return Thin(torch.addmm(prior, g.mT, a), (decrement.sqrt() + size.sqrt()).square(), prior, size)
+        return Thin(torch.addmm(prior, of_g.mT, of_a), (decrement.sqrt() + size.sqrt()).square(), prior, size)
     assert prior_gradient is not None
-    direction = g.mT @ a
-    whitened = times_lower(times_lower(prior_gradient, cols).mT, rows)
-    size = whitened.square().sum()
-    prior = times_upper(times_upper(whitened, rows).mT, cols)
+    prior = rows @ prior_gradient @ cols
+    size = (prior_gradient * prior).sum()
+    direction = of_g.mT @ of_a
     whole = decrement + size + 2.0 * (prior_gradient * direction).sum()
     return Thin(direction + prior, whole.clamp_min(0.0), prior, size)
 

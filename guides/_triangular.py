@@ -1,4 +1,7 @@
-"""Products with lower triangular matrices, in blocks that skip their zeros: PyTorch has none on the CPU."""
+"""Products with lower triangular matrices, in blocks that skip their zeros: PyTorch has none on the CPU.
+
+The first two can be recorded; the others write into the memory of their results and are for tensors without gradients.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ LARGE, PARTS = 256, 4
 
 
 def _blocks(size: int) -> Iterator[tuple[int, int]]:
-    parts = PARTS if size >= LARGE else 1
-    starts = [size * part // parts for part in range(parts + 1)]
+    starts = [size * part // PARTS for part in range(PARTS + 1)]
     yield from zip(starts, starts[1:], strict=False)
 
 
@@ -43,17 +45,43 @@ def lower_times_lower(first: Tensor, second: Tensor) -> Tensor:
     return result
 
 
+def covariance_of(factor: Tensor) -> Tensor:
+    """L Lᵀ."""
+    if len(factor) < LARGE:
+        return factor @ factor.mT
+    result = torch.empty_like(factor)
+    for low, high in _blocks(len(factor)):
+        for left, right in _blocks(len(factor)):
+            if left <= low:
+                torch.mm(factor[low:high, :right], factor[left:right, :right].mT, out=result[low:high, left:right])
+                result[left:right, low:high] = result[low:high, left:right].mT
+    return result
+
+
 def weighted_gram(factor: Tensor, weights: Tensor) -> Tensor:
     """Lᵀ diag(w) L."""
     weighted = factor * weights[:, None]
     if len(factor) < LARGE:
         return factor.mT @ weighted
-    rows = []
-    for low, high in _blocks(len(factor)):  # the lower triangle; what is above follows
-        part = factor[low:, low:high].mT @ weighted[low:, :high]
-        rows.append(torch.nn.functional.pad(part, (0, len(factor) - high)))
-    lower = torch.cat(rows).tril()
-    return lower + lower.tril(-1).mT
+    result = torch.empty_like(factor)
+    for low, high in _blocks(len(factor)):
+        for left, right in _blocks(len(factor)):
+            if left <= low:
+                torch.mm(factor[low:, low:high].mT, weighted[low:, left:right], out=result[low:high, left:right])
+                result[left:right, low:high] = result[low:high, left:right].mT
+    return result
+
+
+def divide_lower(x: Tensor, factor: Tensor) -> None:
+    """X ← X L⁻¹ for lower triangular X and L; in place."""
+    if len(factor) < LARGE:
+        x.copy_(torch.linalg.solve_triangular(factor, x, upper=False, left=False).tril_())
+        return
+    for low, high in reversed(list(_blocks(len(factor)))):
+        x[high:, low:high].addmm_(x[high:, high:], factor[high:, low:high], alpha=-1)
+        part = torch.linalg.solve_triangular(factor[low:high, low:high], x[low:, low:high], upper=False, left=False)
+        part[: high - low].tril_()
+        x[low:, low:high] = part
 
 
 def squared_norms(matrix: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class EigenBlock(Layout):
     def targets(self, params: Params, curvature: Curvature) -> dict[str, Tensor]:
         """Precisions asked for, relative to the present ones; and the second moments of inputs and output gradients."""
         rows, cols = params["row_basis"], params["col_basis"]
-        precision = rows.square().mT @ self.join(curvature.precision) @ cols.square()
+        precision = rows.square().mT @ self.join(curvature.precisions(self.sites)) @ cols.square()
         gradients = self.gradients_per_datum(curvature)
         moments = {}
         if gradients is not None:

@@ -85,6 +85,7 @@ class FactorizedBlock(Block):
     def targets(self, params: Params, curvature: Curvature) -> dict[str, Tensor]:
         """Λ̂ σ²."""
         squares: dict[str, Tensor] = {}
+        priors = curvature.precisions(self.sites)
         for site in self.sites:
             total: Tensor | None = None
             if site.name in curvature.uses:
@@ -97,7 +98,7 @@ class FactorizedBlock(Block):
                     if site.name in gradients:
                         one = gradients[site.name].square().reshape(-1)
                         total = one if total is None else total + one
-            prior = curvature.precision[site.name].reshape(-1)
+            prior = priors[site.name].reshape(-1)
             squares[site.name] = prior if total is None else total * curvature.weight + prior
         return {"scale": self.join(squares) * params["scale"].square()}
 

@@ -117,7 +117,8 @@ class MatrixBlock(Layout):
 
     def factors(self, params: Params, noise: Tensor, names: Sequence[str]) -> Factors:
         """R = U, C = V."""
-        return Factors(params["row_scale_tril"], None, params["col_scale_tril"], noise, triangular=True)
+        covariance = params.get("col_covariance")
+        return Factors(params["row_scale_tril"], None, params["col_scale_tril"], noise, True, covariance)
 
     def spread(self, params: Params, noise: Tensor) -> Tensor:
         """U ε Vᵀ."""
@@ -136,23 +137,45 @@ class MatrixBlock(Layout):
 
     def variance(self, params: Params) -> Tensor:
         """(UUᵀ)_ii (VVᵀ)_jj."""
-        rows, cols = (squared_norms(params[name]) for name in ("row_scale_tril", "col_scale_tril"))
+        rows, cols = _variances(params)
         return rows[:, None] * cols
 
+    def total_variances(self, params: Params) -> dict[str, Tensor]:
+        """Without the matrix of all variances."""
+        rows, cols = _variances(params)
+        parts = [cols[1:].sum(), cols[0]] if self.has_bias else [cols.sum()]
+        return {name: rows.sum() * part for name, part in zip(self.names, parts, strict=True)}
+
     def targets(self, params: Params, curvature: Curvature) -> dict[str, Tensor]:
-        """R_U / c and R_V."""
-        rows, cols = params["row_scale_tril"], params["col_scale_tril"]
-        precision = self.join(curvature.precision)
-        for_cols = weighted_gram(cols, squared_norms(rows) @ precision)
-        for_rows = weighted_gram(rows, precision @ squared_norms(cols))
+        """⟨G̃G̃ᵀ⟩ and ⟨G̃ᵀG̃⟩, and the prior's precisions: one number where they are equal."""
         gradients = self.gradients_per_datum(curvature)
-        if gradients is not None:
-            gradients = gradients.transformed(cols, rows)
-            for_cols = for_cols + curvature.weight * gradients.column_gram()
-            for_rows = for_rows + curvature.weight * gradients.row_gram()
-        for_cols, for_rows = for_cols / self.rows, for_rows / self.cols
-        common = for_cols.diagonal().mean()
-        return {"row_scale_tril": for_rows / common, "col_scale_tril": for_cols}
+        precision = {"precision": self._joined_precision(curvature)}
+        if gradients is None:
+            return precision
+        gradients = gradients.transformed(params["col_scale_tril"], params["row_scale_tril"], times_lower)
+        grams = {"row_gram": gradients.row_gram(), "col_gram": gradients.column_gram()}
+        return {**precision, **{name: curvature.weight * gram for name, gram in grams.items()}}
+
+    def _joined_precision(self, curvature: Curvature) -> Tensor:
+        parts = [curvature.precision[name] for name in self.names]
+        same = all(part.dim() == 0 and part is parts[0] for part in parts)
+        return parts[0] if same else self.join(curvature.precisions(self.sites))
+
+    def finished(self, params: Params, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """R_U / c and R_V."""
+        if "precision" not in means:
+            return super().finished(params, means)
+        rows, cols, precision = params["row_scale_tril"], params["col_scale_tril"], means["precision"]
+        if precision.dim():
+            by_col, by_row = squared_norms(rows) @ precision, precision @ squared_norms(cols)
+        else:
+            by_col = (precision * squared_norms(rows).sum()).expand(self.cols)
+            by_row = (precision * squared_norms(cols).sum()).expand(self.rows)
+        for_cols, for_rows = weighted_gram(cols, by_col), weighted_gram(rows, by_row)
+        if "row_gram" in means:
+            for_rows, for_cols = for_rows.add_(means["row_gram"]), for_cols.add_(means["col_gram"])
+        common = for_cols.diagonal().mean() / self.rows
+        return {"row_scale_tril": for_rows.div_(self.cols * common), "col_scale_tril": for_cols.div_(self.rows)}
 
     def reparametrized_targets(self, noise: Tensor, plain: Tensor) -> dict[str, Tensor]:
         """R_V and, in place of R_U / c, which a noisy c would spoil, its expansion I + R_U − c I."""
@@ -166,7 +189,7 @@ class MatrixBlock(Layout):
     def factored_targets(self, curvature: Curvature) -> dict[str, Tensor]:
         """Second moments of inputs and output gradients (Zhang et al. 2018, Algorithm 2), and the prior's precision."""
         gradients = self.gradients_per_datum(curvature)
-        prior = self.join(curvature.precision).mean()
+        prior = self._joined_precision(curvature).mean()
         if gradients is None:
             zero = [torch.zeros(n, n, dtype=prior.dtype, device=prior.device) for n in (self.rows, self.cols)]
             return {"row_moment": zero[0], "col_moment": zero[1], "prior": prior}
@@ -224,6 +247,13 @@ class MatrixBlock(Layout):
             law = dist.TransformedDistribution(law, [dist.transforms.ReshapeTransform(shape, weight.shape)])
         result[weight.name] = pyro.sample(weight.name, law)
         return result
+
+
+def _variances(params: Params) -> tuple[Tensor, Tensor]:
+    """Diagonals of U Uᵀ and V Vᵀ."""
+    if "row_covariance" in params:
+        return params["row_covariance"].diagonal(), params["col_covariance"].diagonal()
+    return squared_norms(params["row_scale_tril"]), squared_norms(params["col_scale_tril"])
 
 
 class AutoMatrixNormal(NaturalGuide):

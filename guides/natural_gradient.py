@@ -22,6 +22,8 @@ from bnn.guides._kfac_blocks import PointSettings
 from bnn.guides._perturbed import NOISES
 from bnn.guides._progress import Progress
 from bnn.guides._step import Result, Step
+from bnn.guides._svi import is_followed
+from bnn.guides._triangular import LARGE
 from bnn.guides.eigen_normal import EigenBlock
 from bnn.guides.kfac import PointEstimate
 from bnn.guides.matrix_normal import MatrixBlock
@@ -38,7 +40,8 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
 
     Each step estimates the gradient of L and the curvature of the log-likelihood with per-datum gradients, and leaves
     minus the natural gradient in the ``.grad`` of the guide's parameters, for
-    :class:`~bnn.guides.NaturalGradientDescent` (or plain ``pyro.optim.SGD``). Parameters of the model get their
+    :class:`~bnn.guides.NaturalGradientDescent` (or plain ``pyro.optim.SGD``; the first, which reads more than that,
+    finds none in large factors). Parameters of the model get their
     ordinary gradient. The model is recorded once for each shape of its arguments; where it draws minibatches by
     subsampling plates, rows come in shuffled epochs.
 
@@ -161,6 +164,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         step = self._step(model, natural, args, kwargs)
         if self.check_every and progress.count and progress.count % self.check_every == 0:
             self._warn_about(step.check(args, kwargs, params))
+        params = progress.covariances(params, step.estimator.covariances)
         result, leaves = step(args, kwargs, params, statistics, progress.priors)
         loss = self._checked_loss(result, natural, progress, saved)
         progress.count += 1
@@ -265,9 +269,11 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
             natural = {"loc": Natural("loc")}
             in_factors = block.family == "matrix"  # updated with the inverses; scales at once
             found = (progress.mean(number) if due else {}) if in_factors else result.targets[number]
-            targets = {name: found[name] for name in block.parameters if name in found}
+            targets = block.finished(params[number], found)
             if targets:
-                gradients.update(block.scale_gradients(params[number], targets))
+                large = in_factors and max(leaves["loc"].shape) >= LARGE
+                if not (large and is_followed(leaves["loc"])):  # no large matrices that nobody reads
+                    gradients.update(block.scale_gradients(params[number], targets))
                 count = progress.events if in_factors else 1
                 natural.update({n: Natural(block.parameters[n], t, count) for n, t in targets.items()})
             for name, leaf in leaves.items():

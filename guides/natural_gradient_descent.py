@@ -14,6 +14,8 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from bnn.guides._triangular import divide_lower
+
 # Attribute of an unconstrained parameter: its geometry, and what its natural gradient was made of.
 NATURAL = "bnn_natural"
 
@@ -69,18 +71,18 @@ class NaturalGradientOptimizer(torch.optim.Optimizer):
             full = 0.5 * first if group["precision_lr"] is None else group["precision_lr"]
             rate = full * (lr / first if first else 1.0)
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
                 natural: Natural | None = getattr(parameter, NATURAL, None)
+                if parameter.grad is None and (natural is None or natural.target is None):
+                    continue
                 if natural is None:
                     self._other(parameter, group["other_lr"] * (lr / first if first else 0.0))
                 elif natural.kind == "loc":
                     self._loc(parameter, lr, group["momentum"])
                     natural.rate = lr
-                else:
+                elif natural.target is not None:
                     share = 1.0 - (1.0 - rate) ** natural.count
-                    assert natural.target is not None
                     (_step_scale if natural.kind == "scale" else _step_tril)(parameter, natural.target, share)
+                    natural.target = None
 
     def _loc(self, parameter: Tensor, lr: float, momentum: float) -> None:
         grad = parameter.grad
@@ -110,20 +112,17 @@ def _step_scale(parameter: Tensor, target: Tensor, rate: float) -> None:
 
 def _step_tril(parameter: Tensor, target: Tensor, rate: float) -> None:
     """U ← U L⁻¹ with Lᵀ L = I + ρ (R − I) and L lower triangular: then (UUᵀ)⁻¹ has moved by the rate."""
-    moved = target * rate
+    moved = (target * rate).flip(0, 1)
     moved.diagonal().add_(1.0 - rate)
-    factor, failed = torch.linalg.cholesky_ex(moved.flip(0, 1))
+    factor, failed = torch.linalg.cholesky_ex(moved)
     if failed:
         moved.diagonal().sub_(1.0)
         corrected = moved + 0.5 * moved @ moved
         corrected.diagonal().add_(1.0)
-        factor = torch.linalg.cholesky(corrected.flip(0, 1))
-    lower = factor.mT.flip(0, 1)
-    scale = parameter.tril(-1)
-    scale.diagonal().copy_(parameter.diagonal().exp())
-    scale = torch.linalg.solve_triangular(lower, scale, upper=False, left=False).tril_()
-    scale.diagonal().log_()
-    parameter.copy_(scale)
+        factor = torch.linalg.cholesky(corrected)
+    parameter.diagonal().exp_()
+    divide_lower(parameter, factor.mT.flip(0, 1))
+    parameter.diagonal().log_()
 
 
 class NaturalGradientDescent(PyroOptim):

@@ -228,9 +228,13 @@ def compare(name, x, y, splits, options):
     """Method -> (splits, scores) on one data set."""
     print(f"\n{name}: {len(y)} rows, {x.shape[1]} inputs, {len(splits)} splits", flush=True)
     results = defaultdict(list)
-    rates = {}
+    known = saved(name, options)
+    rates = {kind: record["lr"] for (_, kind), record in known.items()}
     for number, (train, test) in enumerate(splits):
         for kind in options.methods:
+            if (number, kind) in known:
+                results[kind].append([known[number, kind][score] for score in SCORES])
+                continue
             method = METHODS[kind]
             pyro.set_rng_seed(options.seed + number)
             if kind not in rates:
@@ -241,10 +245,26 @@ def compare(name, x, y, splits, options):
             results[kind].append((*score(guide, split, options), seconds))
             if options.save:
                 scores = dict(zip(SCORES, results[kind][-1], strict=True))
-                record = {"data": name, "split": number, "method": kind, **scores}
+                record = {"data": name, "split": number, "method": kind, "lr": rates[kind], **scores}
+                record["settings"] = settings_of(options)
                 with options.save.open("a") as file:
                     file.write(json.dumps(record) + "\n")
     return {kind: np.array(rows) for kind, rows in results.items()}
+
+
+def settings_of(options):
+    """What a score depends on besides data set, split and method."""
+    names = ("noise", "epochs", "batch_size", "draws", "particles", "validate", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def saved(name, options):
+    """(Split, method) -> what ``--save`` holds of this data set and these settings."""
+    if not (options.save and options.save.exists()):
+        return {}
+    records = [json.loads(line) for line in options.save.read_text().splitlines()]
+    own = [one for one in records if one["data"] == name and one["settings"] == settings_of(options)]
+    return {(one["split"], one["method"]): one for one in own}
 
 
 def with_error(values, signed=False):
@@ -281,7 +301,7 @@ def main():
     parser.add_argument("--draws", type=int, default=500, help="posterior draws for predictions")
     parser.add_argument("--particles", type=int, default=100, help="draws for the training ELBO")
     parser.add_argument("--validate", action="store_true", help="score a tenth of the training part, not the test part")
-    parser.add_argument("--save", type=Path, help="append the scores to this file, a line of JSON each")
+    parser.add_argument("--save", type=Path, help="append scores to this file, and take from it what it has")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers but the splits (default 0)")
     parser.add_argument("--quick", action="store_true", help="two splits and few epochs: to see that it runs")
     options = parser.parse_args()

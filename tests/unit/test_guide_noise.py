@@ -20,7 +20,15 @@ from bnn.guides import (
     TraceNaturalGradient_ELBO,
 )
 from bnn.guides._perturbed import Layer, Perturbation
-from bnn.guides._triangular import lower_times_lower, squared_norms, times_lower, times_upper, weighted_gram
+from bnn.guides._triangular import (
+    covariance_of,
+    divide_lower,
+    lower_times_lower,
+    squared_norms,
+    times_lower,
+    times_upper,
+    weighted_gram,
+)
 
 GUIDES = [AutoFactorizedNormal, AutoMatrixNormal, AutoEigenNormal]
 ROWS, INPUTS, OUTPUTS = 3, 4, 2
@@ -207,7 +215,12 @@ def test_triangular_products(size: int) -> None:
     torch.testing.assert_close(times_upper(x, lower), x @ lower.T)
     torch.testing.assert_close(lower_times_lower(lower, other), lower @ other)
     torch.testing.assert_close(weighted_gram(lower, weights), lower.T @ weights.diag() @ lower)
+    torch.testing.assert_close(covariance_of(lower), lower @ lower.T)
     torch.testing.assert_close(squared_norms(x), x.square().sum(-1))
+    divisor, quotient = torch.eye(size) + 0.1 * other / size**0.5, lower.clone()
+    divide_lower(quotient, divisor)
+    torch.testing.assert_close(quotient, lower @ torch.linalg.inv(divisor))
+    assert not quotient.triu(1).any()
 
 
 @pytest.mark.parametrize("noise", ["weights", "flipout"])

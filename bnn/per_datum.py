@@ -44,39 +44,52 @@ class Block:
 
 
 class PerDatum:
-    """The gradients G_n = Σ_l g_nl a_nlᵀ of all data n, kept as their thin factors.
+    """The gradients G_n = Σ_l g_nl a_nlᵀ of all data n, kept as their thin factors where these are smaller.
 
     :param pieces: ``(a, g)`` of shapes (data, places, columns) and (data, places, rows); one pair per kind of data.
+    :param formed: gradients themselves, of shape (data, rows, columns), for other kinds of data.
     """
 
-    def __init__(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self.pieces = list(pieces)
+    def __init__(self, pieces: Sequence[tuple[Tensor, Tensor]], formed: Sequence[Tensor] = ()) -> None:
+        self.pieces, self.formed = list(pieces), list(formed)
 
     def transformed(
         self, columns: Tensor | None, rows: Tensor | None, times: Callable[[Tensor, Tensor], Tensor] = torch.matmul
     ) -> PerDatum:
-        """The gradients ``rowsᵀ G_n columns``; ``times`` multiplies a matrix with either."""
+        """The gradients ``rowsᵀ G_n columns``; ``times`` multiplies a matrix with either.
+
+        Where there are many places, they are summed over first.
+        """
 
         def moved(x: Tensor, by: Tensor | None) -> Tensor:
             return x if by is None else times(x.flatten(0, 1), by).unflatten(0, x.shape[:2])
 
-        return PerDatum([(moved(a, columns), moved(g, rows)) for a, g in self.pieces])
+        small = [_many_places(a, g) and a.shape[2] * g.shape[2] * len(a) <= LARGEST_GRADIENTS for a, g in self.pieces]
+        both = list(zip(self.pieces, small, strict=True))
+        formed = [*self.formed, *(g.mT @ a for (a, g), is_small in both if is_small)]
+        return PerDatum(
+            [(moved(a, columns), moved(g, rows)) for (a, g), is_small in both if not is_small],
+            [moved(moved(G, columns).mT, rows).mT for G in formed],
+        )
 
     def total(self) -> Tensor:
         """Σ_n G_n."""
-        return torch.as_tensor(sum(g.flatten(0, 1).T @ a.flatten(0, 1) for a, g in self.pieces))
+        parts = [*(g.flatten(0, 1).T @ a.flatten(0, 1) for a, g in self.pieces), *(G.sum(0) for G in self.formed)]
+        return torch.as_tensor(sum(parts))
 
     def column_gram(self) -> Tensor:
         """Σ_n G_nᵀ G_n."""
-        return torch.as_tensor(sum(self._gram(a, g) for a, g in self.pieces))
+        rows = [G.flatten(0, 1) for G in self.formed]
+        return torch.as_tensor(sum([*(self._gram(a, g) for a, g in self.pieces), *(G.T @ G for G in rows)]))
 
     def row_gram(self) -> Tensor:
         """Σ_n G_n G_nᵀ."""
-        return torch.as_tensor(sum(self._gram(g, a) for a, g in self.pieces))
+        rows = [G.mT.flatten(0, 1) for G in self.formed]
+        return torch.as_tensor(sum([*(self._gram(g, a) for a, g in self.pieces), *(G.T @ G for G in rows)]))
 
     def squares(self) -> Tensor:
         """Σ_n G_n ∘ G_n."""
-        parts = []
+        parts = [G.square().sum(0) for G in self.formed]
         for a, g in self.pieces:
             if a.shape[1] == 1:
                 parts.append(g[:, 0].square().T @ a[:, 0].square())
@@ -90,8 +103,8 @@ class PerDatum:
         For a layer with several places per datum these are the factors of Grosse and Martens (2016): places count as
         independent and alike.
         """
-        inputs = torch.cat([a.flatten(0, 1) for a, _ in self.pieces])
-        outputs = torch.cat([g.flatten(0, 1) for _, g in self.pieces])
+        inputs = joined([a.flatten(0, 1) for a, _ in self.pieces])
+        outputs = joined([g.flatten(0, 1) for _, g in self.pieces])
         return inputs.T @ inputs / len(inputs), outputs.T @ outputs
 
     @staticmethod
@@ -101,12 +114,17 @@ class PerDatum:
             return (a[:, 0] * g[:, 0].square().sum(-1, keepdim=True)).T @ a[:, 0]
         parts = []
         for ac, gc in _chunks(a, g):
-            if a.shape[1] ** 2 <= a.shape[2] * g.shape[2]:  # few places: through the places' products of g
+            if not _many_places(a, g):  # through the places' products of g
                 parts.append(ac.reshape(-1, a.shape[2]).T @ ((gc @ gc.mT) @ ac).reshape(-1, a.shape[2]))
             else:
                 gradients = (gc.mT @ ac).reshape(-1, a.shape[2])
                 parts.append(gradients.T @ gradients)
         return torch.as_tensor(sum(parts))
+
+
+def _many_places(a: Tensor, g: Tensor) -> bool:
+    """Whether a gradient is smaller than the products of its places."""
+    return a.shape[1] ** 2 > a.shape[2] * g.shape[2]
 
 
 def _chunks(a: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -148,7 +166,12 @@ def per_datum(
         except ValueError:
             parts = [_one_by_one(use, block, places, shape, inputs, rows)]
         pieces.setdefault((block.start, block.count), []).extend(parts)
-    return PerDatum([(torch.cat([a for a, _ in p], 1), torch.cat([g for _, g in p], 1)) for p in pieces.values()])
+    return PerDatum([(joined([a for a, _ in p], 1), joined([g for _, g in p], 1)) for p in pieces.values()])
+
+
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """``torch.cat`` that copies nothing where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from bnn.guides._quadratic import along, inner, total_of
 from bnn.minibatch import Stream
 from bnn.model_graph import Key as TermKey
 from bnn.model_graph import Terms
-from bnn.per_datum import PerDatum, per_datum, squares_per_datum
+from bnn.per_datum import PerDatum, joined, per_datum, squares_per_datum
 from bnn.recording import record
 from bnn.tiers import Program, choose
 
@@ -191,8 +191,8 @@ class Point:
         sizes = [grad.square().sum() for grad in [*of_loss[: len(fat)], *of_likelihood]]
         for number in sorted(sites.thin):
             pieces = self._per_datum(number, env, grads).pieces
-            result["inputs", number] = _joined([a.flatten(0, 1) for a, _ in pieces])
-            result["outputs", number] = _joined([g.flatten(0, 1) for _, g in pieces])
+            result["inputs", number] = joined([a.flatten(0, 1) for a, _ in pieces])
+            result["outputs", number] = joined([g.flatten(0, 1) for _, g in pieces])
         result["size", ""] = torch.stack(sizes).sum()
         return {name: tensor.detach() for name, tensor in result.items()}
 
@@ -235,10 +235,10 @@ class Point:
         """Inputs are the same for all probes; what the probes have at the outputs adds up."""
         new: Outputs = {}
         for number, found in enumerate(data):
-            outputs = _joined([g.flatten(0, 1) for _, g in found.pieces])
+            outputs = joined([g.flatten(0, 1) for _, g in found.pieces])
             new["output_moment", number] = outputs.mT @ outputs
             if first:
-                inputs = _joined([a.flatten(0, 1) for a, _ in found.pieces])
+                inputs = joined([a.flatten(0, 1) for a, _ in found.pieces])
                 result["input_moment", number] = (inputs / len(inputs)).mT @ inputs
         for chain in self.sites.chains:
             for number, successor in zip(chain, chain[1:], strict=False):
@@ -283,7 +283,3 @@ class Point:
 
 def _signed(value: Tensor) -> Tensor:
     return value * (torch.randint(2, value.shape, dtype=value.dtype, device=value.device) * 2 - 1)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

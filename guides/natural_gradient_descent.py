@@ -132,7 +132,7 @@ class NaturalGradientDescent(PyroOptim):
 
     Precisions stay positive definite at every rate. Rates are dimensionless: 1 is a Newton step. For minibatches 0.1
     and 0.05 suit; a constant rate leaves ½ lr/(2 − lr) (N/B − 1) nats per latent number of excess divergence in the
-    mean, so anneal it at the end, for instance by a tenth with Pyro's schedulers:
+    mean, a quarter of a nat at lr = B/N, so anneal it to about that by the end, for instance with Pyro's schedulers:
     ``pyro.optim.ExponentialLR({"optimizer": NaturalGradientOptimizer, "optim_args": {"lr": 0.1}, "gamma": 0.99})``.
     The rate of the precisions follows that of the means.
 

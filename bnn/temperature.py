@@ -96,6 +96,10 @@ def wrong_temperature(sample_stats: Mapping[str, Any], dim: int, tolerance: floa
         if m.mean > asked
         else "they have not settled: use more warm-up or more friction"
     )
+    if "implied_temperature" in sample_stats:
+        implied = np.asarray(sample_stats["implied_temperature"], dtype=float)
+        if not np.allclose(implied, asked, rtol=tolerance):
+            remedy = "momentum_scale draws them at another: leave it 'auto'"
     return f"the chains ran at kinetic temperature {m.mean:.3g}, not at the {asked:.3g} asked for; {remedy}."
 
 
@@ -108,4 +112,7 @@ def describe_temperatures(sample_stats: Mapping[str, Any], dim: int) -> str:
             m = measure(sample_stats, name, dim)
             label = name.split("_")[0]
             parts.append(f"{label} {m.mean:.4g} +- {m.error:.2g} (99 % region [{m.low:.4g}, {m.high:.4g}])")
+    if "implied_temperature" in sample_stats:
+        implied = float(np.mean(np.asarray(sample_stats["implied_temperature"], dtype=float)))
+        parts.append(f"momentum_scale implies {implied:.4g} where only the prior holds")
     return "; ".join(parts)

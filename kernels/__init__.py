@@ -1,8 +1,12 @@
 """Markov chain Monte Carlo kernels for Pyro models on minibatches, and the runner that moves many chains at once."""
 
+from bnn.kernels.cyclical import CyclicalSGHMC as CyclicalSGHMC
+from bnn.kernels.cyclical import CyclicalSGLD as CyclicalSGLD
 from bnn.kernels.learning_rate import learning_rate_and_momentum as learning_rate_and_momentum
 from bnn.kernels.learning_rate import step_size_and_friction as step_size_and_friction
 from bnn.kernels.mcmc import MCMC as MCMC
+from bnn.kernels.norm_adjusted import NormAdjustedSGHMC as NormAdjustedSGHMC
+from bnn.kernels.norm_adjusted import implied_temperature as implied_temperature
 from bnn.kernels.schedules import Constant as Constant
 from bnn.kernels.schedules import CosineCycles as CosineCycles
 from bnn.kernels.schedules import PolynomialDecay as PolynomialDecay

@@ -97,9 +97,30 @@ class StochasticGradientKernel(MCMCKernel):
         """The settings that may follow a schedule."""
         return {"step_size": self.step_size, "temperature": self.temperature}
 
+    def planned_steps(self, draws: int) -> int:
+        """About how many steps so many draws take."""
+        return draws * self.steps_per_sample
+
+    def stats_at(self, step: int) -> dict[str, float]:
+        """What else is known of a step without running it, for ``sample_stats``."""
+        del step
+        return {}
+
+    def check_plan(self, draws: int | None) -> None:
+        """Refuse settings that do not suit the model, or a run of so many draws; called when the model is known.
+
+        :param draws: all draws, of warm-up too; None where the runner does not say.
+        :raises ValueError: saying what to change.
+        """
+
     def is_constant(self) -> bool:
         """Whether :meth:`coefficients` are the same at every step."""
         return not any(isinstance(value, Schedule) for value in self.settings().values())
+
+    def steps_to_draw(self, step: int) -> int:
+        """Steps from ``step`` to the next draw: more than ``steps_per_sample`` where draws are not due all the time."""
+        del step
+        return self.steps_per_sample
 
     def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         """Momentum and inverse mass, None for an algorithm without."""
@@ -145,7 +166,8 @@ class StochasticGradientKernel(MCMCKernel):
         run.numbers_at(0)
         run.state = self.init(position, lambda z: potential.traced_energy_and_grad(z, inputs))
         draws = self.num_samples if self.num_samples is not None else warmup_steps
-        run.planned_steps = (warmup_steps + draws) * self.steps_per_sample
+        self.check_plan(None if self.num_samples is None else warmup_steps + draws)
+        run.planned_steps = self.planned_steps(warmup_steps + draws)
         run.prepare(inputs)
 
     def sample(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -223,7 +245,7 @@ class StochasticGradientKernel(MCMCKernel):
         """``steps_per_sample`` steps of all chains; statistics ``(chains, len(stat_names))`` of the last."""
         run = self._running
         before, last = run.state, run.last_stats
-        stats = run.take_steps(self.steps_per_sample)
+        stats = run.take_steps(self.steps_to_draw(run.step))
         run.params = None
         if run.any_stopped or not math.isfinite(stats.sum().item()):
             stats = run.stop_chains(before, last, stats)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnn.kernels._coordinates import Number
-from bnn.kernels.schedules import Schedule, cycle_position, value_at
+from bnn.kernels.schedules import Schedule, value_at
 from bnn.potential import Potential
 from bnn.tiers import Program
 
@@ -38,7 +38,6 @@ class Algorithm(Protocol):
 
     step_size: float | Schedule
     temperature: float | Schedule
-    steps_per_sample: int
     noises_per_step: int
 
     def coefficients(self, step: int) -> tuple[Number, ...]:
@@ -51,6 +50,12 @@ class Algorithm(Protocol):
 
     def settings(self) -> dict[str, float | Schedule]:
         """The settings that may follow a schedule."""
+
+    def steps_to_draw(self, step: int) -> int:
+        """Steps to the next draw."""
+
+    def stats_at(self, step: int) -> dict[str, float]:
+        """What else is known of a step."""
 
     def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         """Momentum and inverse mass."""
@@ -85,6 +90,7 @@ class Run:
         self.any_stopped = False
         self.stopped_at: list[int | None] = [None] * chains
         self._table: Tensor | None = None
+        self._draw_steps: list[int] = []
         self._rows = 0
 
     # ---- statistics
@@ -104,6 +110,7 @@ class Run:
         elif self._rows == len(self._table):
             self._table = torch.cat([self._table, torch.empty_like(self._table)])
         self._table[self._rows] = stats
+        self._draw_steps.append(self.step - 1)
         self._rows += 1
 
     def table(self) -> Tensor:
@@ -132,16 +139,21 @@ class Run:
         table = self.table()
         draws = len(table)
         stats = {name: table[:, :, row].T.contiguous() for row, name in enumerate(self.stat_names)}
-        steps = [(self.warmup_steps + draw + 1) * self.kernel.steps_per_sample - 1 for draw in range(draws)]
+        steps = self._draw_steps
         for name, setting in self.kernel.settings().items():
             values = torch.tensor([value_at(setting, step) for step in steps], dtype=torch.float64)
             stats[name] = values.expand(self.chains, draws).contiguous()
-        if isinstance(self.kernel.step_size, Schedule):
-            cycle = [cycle_position(self.kernel.step_size, step) for step in steps]
-            if any(cycle):
-                stats["cycle_position"] = (
-                    torch.tensor(cycle, dtype=torch.float64).expand(self.chains, draws).contiguous()
-                )
+        known = [self.kernel.stats_at(step) for step in steps]
+        for name in known[0] if known else ():
+            values = torch.tensor([one[name] for one in known], dtype=torch.float64)
+            stats[name] = values.expand(self.chains, draws).contiguous()
+        for setting in self.kernel.settings().values():
+            if isinstance(setting, Schedule) and setting.has_cycles:
+                position = torch.tensor([setting.cycle_position(step) for step in steps], dtype=torch.float64)
+                cycle = torch.tensor([setting.cycle(step) for step in steps], dtype=torch.int64)
+                stats["cycle_position"] = position.expand(self.chains, draws).contiguous()
+                stats["cycle"] = cycle.expand(self.chains, draws).contiguous()
+                break
         stats["diverging"] = torch.zeros(self.chains, draws, dtype=torch.bool)
         for chain, entry in enumerate(self.chain_diagnostics()):
             stats["diverging"][chain, entry["divergences"]] = True
@@ -151,7 +163,7 @@ class Run:
 
     def prepare(self, inputs: list[Tensor]) -> None:
         """Record the step, so that what cannot work fails before any sampling."""
-        steps = self.kernel.steps_per_sample
+        steps = self.kernel.steps_to_draw(0)
         draws = self.planned_steps // steps
         even = self.potential.batches is None  # a loader's last batch may be smaller
         small = self.chains * self.potential.dim <= LARGEST_UNROLLED

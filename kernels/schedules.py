@@ -15,10 +15,17 @@ class Schedule(ABC):
     def value_at(self, step: int) -> float:
         """The setting at ``step``."""
 
+    has_cycles = False
+
     def cycle_position(self, step: int) -> float:
         """How far into its cycle ``step`` lies, in [0, 1); 0 for a schedule without cycles."""
         del step
         return 0.0
+
+    def cycle(self, step: int) -> int:
+        """The number of the cycle that ``step`` lies in, from 0."""
+        del step
+        return 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class CosineCycles(Schedule):
     :param peak: value at the start of each cycle.
     :param cycle_length: steps per cycle L.
     :param floor: value that the end of a cycle approaches.
+    :param hold: share of the cycle, at its end, that stays at the floor; the cosine takes the rest.
 
     >>> CosineCycles(0.1, cycle_length=4).value_at(6)
     0.05
@@ -84,15 +92,24 @@ class CosineCycles(Schedule):
     peak: float
     cycle_length: int
     floor: float = 0.0
+    hold: float = 0.0
+    has_cycles = True
 
     def __post_init__(self) -> None:
-        """:raises ValueError: for a cycle of less than one step."""
+        """:raises ValueError: for a cycle of less than one step, or a share outside [0, 1)."""
         if self.cycle_length < 1:
             raise ValueError(f"CosineCycles wants cycle_length >= 1 step; got {self.cycle_length}.")
+        if not 0.0 <= self.hold < 1.0:
+            raise ValueError(f"CosineCycles wants a share 0 <= hold < 1 of the cycle; got {self.hold}.")
 
     def value_at(self, step: int) -> float:
         """The value at ``step``."""
-        return self.floor + (self.peak - self.floor) * 0.5 * (math.cos(math.pi * self.cycle_position(step)) + 1.0)
+        progress = min(self.cycle_position(step) / (1.0 - self.hold), 1.0)
+        return self.floor + (self.peak - self.floor) * 0.5 * (math.cos(math.pi * progress) + 1.0)
+
+    def cycle(self, step: int) -> int:
+        """The number of the cycle that ``step`` lies in, from 0."""
+        return step // self.cycle_length
 
     def cycle_position(self, step: int) -> float:
         """How far into its cycle ``step`` lies, in [0, 1)."""

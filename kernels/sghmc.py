@@ -192,19 +192,21 @@ class SGHMC(StochasticGradientKernel):
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """h, h/M, the momentum's decay and the noise's standard deviation, then M⁻¹ for the statistics."""
         h, temperature = value_at(self.step_size, step), value_at(self.temperature, step)
-        friction, mass = value_at(self.friction, step), self._mass()
+        friction, mass = self._friction(step), self._mass()
         resample = self.momentum_resampling is not None and step % self.momentum_resampling == 0
         gradient_variance = h**2 * self._gradient_noise()
         if self.integrator == "symplectic_euler":
             decay = 1.0 - h * friction / mass
             variance = 2.0 * h * friction * temperature - gradient_variance
             if resample:
-                decay, variance = 0.0 * decay, variance + decay**2 * mass * temperature
+                decay, variance = 0.0 * decay, variance + decay**2 * self._fresh_variance(step)
         else:
             interval = 0.5 * h if self.integrator == "obabo" else h
             decay = np.exp(-interval * friction / mass) * (0.0 if resample else 1.0)
             share = 0.5 if self.integrator == "obabo" else 1.0
             variance = mass * temperature * (1.0 - decay**2) - share * decay**2 * gradient_variance
+            if resample:
+                variance = self._fresh_variance(step)
         if np.less(variance, 0.0).any():
             raise ValueError(
                 f"gradient_noise asks to remove more noise (h²V up to {np.max(gradient_variance):.3g}) than the "
@@ -222,6 +224,13 @@ class SGHMC(StochasticGradientKernel):
     def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Momentum and inverse mass."""
         return state.momentum, coefficients[4]
+
+    def _fresh_variance(self, step: int) -> Number:
+        """Variance of a momentum that is drawn afresh: T M."""
+        return self._mass() * value_at(self.temperature, step)
+
+    def _friction(self, step: int) -> float:
+        return value_at(self.friction, step)
 
     def _mass(self) -> Number:
         return self.per_coordinate("mass", self.mass)

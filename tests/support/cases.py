@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bnn.kernels import SGHMC, SGLD, Constant, CosineCycles
+from bnn.kernels import SGHMC, SGLD, Constant, CosineCycles, CyclicalSGHMC, CyclicalSGLD, NormAdjustedSGHMC
 from support import laws
 from support.laws import Setting
 
@@ -20,6 +20,7 @@ class KernelCase:
     draws_noise_per_step: int = 1
     gradients_per_step: int = 1
     cycles: bool = False
+    extra_stats: frozenset[str] = frozenset()
 
     def build(self, model: Callable[..., Any], **options: Any) -> Any:
         return self.kernel(model, **{"compile": "fx", **self.settings, **options})
@@ -43,6 +44,20 @@ KERNELS = [
     _sghmc("sghmc_symplectic_euler", integrator="symplectic_euler"),
     _sghmc("sghmc_baoab", integrator="baoab"),
     _sghmc("sghmc_obabo", draws_noise_per_step=2, integrator="obabo"),
+    KernelCase(
+        "norm_adjusted",
+        NormAdjustedSGHMC,
+        {"step_size": 5e-3, "friction": 5.0, "alpha": 2.0, "gamma": 0.5, "resample_every": 3},
+        True,
+    ),
+    KernelCase("cyclical_sgld", CyclicalSGLD, {"step_size": 5e-5, "cycle_length": 5}, False, cycles=True),
+    KernelCase(
+        "cyclical_sghmc",
+        CyclicalSGHMC,
+        {"step_size": 4e-3, "friction": 5.0, "cycle_length": 5},
+        True,
+        cycles=True,
+    ),
     _sghmc("sghmc_mass", mass={"a_scale": 2.0}, momentum_resampling=3, steps_per_sample=2, temperature=Constant(0.5)),
 ]
 

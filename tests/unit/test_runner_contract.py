@@ -167,11 +167,12 @@ def test_statistics_per_draw(case):
     if case.has_momentum:
         expected |= {"kinetic_temperature", "momentum_squared_norm", "position_momentum", "friction"}
     if case.cycles:
-        expected |= {"cycle_position"}
-    assert set(stats) == expected
+        expected |= {"cycle_position", "cycle"}
+    assert set(stats) == expected | case.extra_stats
     assert all(value.shape == (2, 7) and torch.isfinite(value.double()).all() for value in stats.values())
-    if case.cycles:  # draws 3 to 9 of a cycle of 5 steps
+    if case.name == "sgld_cycles":  # draws 3 to 9 of a cycle of 5 steps
         assert stats["cycle_position"][0].tolist() == pytest.approx([0.6, 0.8, 0.0, 0.2, 0.4, 0.6, 0.8])
+        assert stats["cycle"][0].tolist() == [0, 0, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.slow

@@ -13,3 +13,4 @@ from bnn.kernels.schedules import PolynomialDecay as PolynomialDecay
 from bnn.kernels.schedules import Schedule as Schedule
 from bnn.kernels.sghmc import SGHMC as SGHMC
 from bnn.kernels.sgld import SGLD as SGLD
+from bnn.kernels.sgnht import SGNHT as SGNHT

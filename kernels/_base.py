@@ -127,6 +127,11 @@ class StochasticGradientKernel(MCMCKernel):
         del state, coefficients
         return None
 
+    def extra_stats(self, state: Any) -> dict[str, Tensor]:
+        """Statistics ``(chains,)`` of an algorithm's own, recorded with the step."""
+        del state
+        return {}
+
     @property
     def potential(self) -> Potential:
         """The recorded potential of the current run.

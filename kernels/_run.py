@@ -54,6 +54,9 @@ class Algorithm(Protocol):
     def steps_to_draw(self, step: int) -> int:
         """Steps to the next draw."""
 
+    def extra_stats(self, state: Any) -> dict[str, Tensor]:
+        """Statistics of its own."""
+
     def stats_at(self, step: int) -> dict[str, float]:
         """What else is known of a step."""
 
@@ -101,7 +104,7 @@ class Run:
         names = ["energy", "configurational_temperature", "gradient_norm", "squared_norm"]
         if self.kernel.momentum_of(self.state, self.numbers_at(self.step)) is not None:
             names += ["kinetic_temperature", "momentum_squared_norm", "position_momentum"]
-        return names
+        return [*names, *self.kernel.extra_stats(self.state)]
 
     def record(self, stats: Tensor) -> None:
         """Append one draw's statistics."""
@@ -277,6 +280,7 @@ class Run:
             norm = torch.linalg.vector_norm(momentum, dim=-1).square()
             kinetic = norm * inverse_mass if inverse_mass.dim() == 0 else (momentum.square() * inverse_mass).sum(-1)
             rows += [kinetic / dim, norm, (state[0] * momentum).sum(-1)]
+        rows += self.kernel.extra_stats(state).values()
         return torch.stack(rows, -1)
 
     # ---- chains that leave the finite numbers

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bnn.kernels import SGHMC, SGLD, Constant, CosineCycles, CyclicalSGHMC, CyclicalSGLD, NormAdjustedSGHMC
+from bnn.kernels import SGHMC, SGLD, SGNHT, Constant, CosineCycles, CyclicalSGHMC, CyclicalSGLD, NormAdjustedSGHMC
 from support import laws
 from support.laws import Setting
 
@@ -29,6 +29,11 @@ class KernelCase:
 def _sghmc(name: str, draws_noise_per_step: int = 1, cycles: bool = False, **settings: Any) -> KernelCase:
     settings = {"step_size": 5e-3, "friction": 5.0, **settings}
     return KernelCase(name, SGHMC, settings, True, draws_noise_per_step, cycles=cycles)
+
+
+def _sgnht(name: str, **settings: Any) -> KernelCase:
+    settings = {"step_size": 5e-3, "friction": 5.0, **settings}
+    return KernelCase(name, SGNHT, settings, True, extra_stats=frozenset({"thermostat"}))
 
 
 KERNELS = [
@@ -58,6 +63,8 @@ KERNELS = [
         True,
         cycles=True,
     ),
+    _sgnht("sgnht"),
+    _sgnht("sgnht_per_coordinate", thermostat="per_coordinate", mass={"a_scale": 2.0}),
     _sghmc("sghmc_mass", mass={"a_scale": 2.0}, momentum_resampling=3, steps_per_sample=2, temperature=Constant(0.5)),
 ]
 

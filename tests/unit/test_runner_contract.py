@@ -88,7 +88,7 @@ def test_each_chain_starts_where_it_is_told(case, runner):
         "weight": torch.arange(6.0).reshape(2, 3),
         "a_scale": torch.tensor([-1.0, 1.0]),
     }
-    kernel = case.build(targets.regression, step_size=1e-9, temperature=0.0)
+    kernel = case.build(targets.regression, step_size=1e-9, temperature=1e-9)
     mcmc = runner(kernel, 2, warmup_steps=0, num_chains=2, initial_params=initial)
     mcmc.run(*DATA)
     first = {name: value[:, 0] for name, value in mcmc.get_samples(group_by_chain=True).items()}
@@ -180,7 +180,7 @@ def test_statistics_per_draw(case):
 def test_spawned_chains(case):
     """One process per chain: each starts where it is told, unlike under Pyro's own sampler."""
     initial = {"weight": torch.arange(6.0).reshape(2, 3), "a_scale": torch.tensor([-1.0, 1.0])}
-    kernel = case.build(targets.regression, step_size=1e-9, temperature=0.0)
+    kernel = case.build(targets.regression, step_size=1e-9, temperature=1e-9)
     mcmc = ours("parallel")(kernel, 3, warmup_steps=1, num_chains=2, initial_params=initial)
     mcmc.run(*DATA)
     first = {name: value[:, 0] for name, value in mcmc.get_samples(group_by_chain=True).items()}

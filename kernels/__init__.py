@@ -1,7 +1,9 @@
 """Markov chain Monte Carlo kernels for Pyro models on minibatches, and the runner that moves many chains at once."""
 
+from bnn.kernels.amagold import AMAGOLD as AMAGOLD
 from bnn.kernels.cyclical import CyclicalSGHMC as CyclicalSGHMC
 from bnn.kernels.cyclical import CyclicalSGLD as CyclicalSGLD
+from bnn.kernels.ggmc import GGMC as GGMC
 from bnn.kernels.learning_rate import learning_rate_and_momentum as learning_rate_and_momentum
 from bnn.kernels.learning_rate import step_size_and_friction as step_size_and_friction
 from bnn.kernels.mcmc import MCMC as MCMC

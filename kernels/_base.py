@@ -39,6 +39,7 @@ class StochasticGradientKernel(MCMCKernel):
     gradients_per_step = 1
     noises_per_step = 1
     metropolised = False
+    evaluates_at_draws = True  # whether the last gradient of a step is met at a place with the law of the draws
 
     def __init__(
         self,
@@ -126,6 +127,10 @@ class StochasticGradientKernel(MCMCKernel):
         """Momentum and inverse mass, None for an algorithm without."""
         del state, coefficients
         return None
+
+    def take(self, run: Run) -> Tensor:
+        """The steps to the next draw; statistics ``(chains, names)`` of the last."""
+        return run.take_steps(self.steps_to_draw(run.step))
 
     def extra_stats(self, state: Any) -> dict[str, Tensor]:
         """Statistics ``(chains,)`` of an algorithm's own, recorded with the step."""
@@ -250,7 +255,7 @@ class StochasticGradientKernel(MCMCKernel):
         """``steps_per_sample`` steps of all chains; statistics ``(chains, len(stat_names))`` of the last."""
         run = self._running
         before, last = run.state, run.last_stats
-        stats = run.take_steps(self.steps_to_draw(run.step))
+        stats = self.take(run)
         run.params = None
         if run.any_stopped or not math.isfinite(stats.sum().item()):
             stats = run.stop_chains(before, last, stats)

@@ -39,6 +39,7 @@ class Algorithm(Protocol):
     step_size: float | Schedule
     temperature: float | Schedule
     noises_per_step: int
+    evaluates_at_draws: bool
 
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """Numbers of the update."""
@@ -101,7 +102,9 @@ class Run:
     @property
     def stat_names(self) -> list[str]:
         """Names of the columns of :meth:`advance`'s statistics."""
-        names = ["energy", "configurational_temperature", "gradient_norm", "squared_norm"]
+        names = ["energy", "gradient_norm", "squared_norm"]
+        if self.kernel.evaluates_at_draws:
+            names.append("configurational_temperature")
         if self.kernel.momentum_of(self.state, self.numbers_at(self.step)) is not None:
             names += ["kinetic_temperature", "momentum_squared_norm", "position_momentum"]
         return [*names, *self.kernel.extra_stats(self.state)]
@@ -270,10 +273,11 @@ class Run:
         dim = position.shape[-1]
         rows = [
             energy,
-            (position * grad).sum(-1) / dim,
             torch.linalg.vector_norm(grad, dim=-1),
             torch.linalg.vector_norm(state[0], dim=-1).square(),
         ]
+        if self.kernel.evaluates_at_draws:
+            rows.append((position * grad).sum(-1) / dim)
         moving = self.kernel.momentum_of(state, coefficients)
         if moving is not None:
             momentum, inverse_mass = moving
@@ -282,6 +286,22 @@ class Run:
             rows += [kinetic / dim, norm, (state[0] * momentum).sum(-1)]
         rows += self.kernel.extra_stats(state).values()
         return torch.stack(rows, -1)
+
+    def with_state(self, stats: Tensor) -> Tensor:
+        """``stats`` with what is said of the present state said anew."""
+        columns = dict(zip(self.stat_names, stats.unbind(-1), strict=True))
+        position, state = self.state[0], self.state
+        columns["squared_norm"] = torch.linalg.vector_norm(position, dim=-1).square()
+        moving = self.kernel.momentum_of(state, self.numbers_at(0))
+        if moving is not None:
+            momentum, inverse_mass = moving
+            columns["kinetic_temperature"] = (momentum.square() * inverse_mass).mean(-1)
+            columns["momentum_squared_norm"] = torch.linalg.vector_norm(momentum, dim=-1).square()
+            columns["position_momentum"] = (position * momentum).sum(-1)
+        if hasattr(state, "energy"):
+            columns["energy"] = state.energy.squeeze(-1)
+        columns.update(self.kernel.extra_stats(state))
+        return torch.stack(list(columns.values()), -1)
 
     # ---- chains that leave the finite numbers
 

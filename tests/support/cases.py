@@ -4,8 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bnn.kernels import SGHMC, SGLD, SGNHT, Constant, CosineCycles, CyclicalSGHMC, CyclicalSGLD, NormAdjustedSGHMC
-from support import laws
+from bnn.kernels import (
+    AMAGOLD,
+    GGMC,
+    SGHMC,
+    SGLD,
+    SGNHT,
+    Constant,
+    CosineCycles,
+    CyclicalSGHMC,
+    CyclicalSGLD,
+    NormAdjustedSGHMC,
+)
+from support import laws, targets
 from support.laws import Setting
 
 
@@ -21,9 +32,10 @@ class KernelCase:
     gradients_per_step: int = 1
     cycles: bool = False
     extra_stats: frozenset[str] = frozenset()
+    model: Callable[..., Any] | None = None  # in place of a model that subsamples
 
     def build(self, model: Callable[..., Any], **options: Any) -> Any:
-        return self.kernel(model, **{"compile": "fx", **self.settings, **options})
+        return self.kernel(self.model or model, **{"compile": "fx", **self.settings, **options})
 
 
 def _sghmc(name: str, draws_noise_per_step: int = 1, cycles: bool = False, **settings: Any) -> KernelCase:
@@ -65,6 +77,36 @@ KERNELS = [
     ),
     _sgnht("sgnht"),
     _sgnht("sgnht_per_coordinate", thermostat="per_coordinate", mass={"a_scale": 2.0}),
+    KernelCase(
+        "ggmc",
+        GGMC,
+        {"step_size": 5e-3, "friction": 5.0},
+        True,
+        extra_stats=frozenset({"acceptance_rate"}),
+        model=targets.full_regression,
+    ),
+    KernelCase(
+        "hmc",
+        GGMC,
+        {"step_size": 5e-3, "friction": None, "num_steps": 3, "mass": {"a_scale": 2.0}},
+        True,
+        extra_stats=frozenset({"acceptance_rate"}),
+        model=targets.full_regression,
+    ),
+    KernelCase(
+        "amagold",
+        AMAGOLD,
+        {"step_size": 5e-3, "friction": 5.0, "num_steps": 2},
+        True,
+        extra_stats=frozenset({"acceptance_rate"}),
+    ),
+    KernelCase(
+        "amagold_fresh",
+        AMAGOLD,
+        {"step_size": 5e-3, "friction": None, "num_steps": 2, "mass": {"a_scale": 2.0}, "steps_per_sample": 2},
+        True,
+        extra_stats=frozenset({"acceptance_rate"}),
+    ),
     _sghmc("sghmc_mass", mass={"a_scale": 2.0}, momentum_resampling=3, steps_per_sample=2, temperature=Constant(0.5)),
 ]
 

@@ -82,6 +82,14 @@ def regression(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(x[index] @ weight, scale), obs=y[index])
 
 
+def full_regression(x: Tensor, y: Tensor) -> None:
+    """The same on all data."""
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(x.shape[1], dtype=x.dtype), 1.0).to_event(1))
+    scale = pyro.sample("a_scale", dist.LogNormal(torch.zeros((), dtype=x.dtype), 0.5))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(x @ weight, scale), obs=y)
+
+
 def regression_data(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Data of `regression`: 32 rows, 3 columns."""
     generator = torch.Generator().manual_seed(1)

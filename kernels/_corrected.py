@@ -1,0 +1,105 @@
+"""What kernels with a Metropolis test share: trajectories of several steps, and what is refused for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnn.kernels._base import StochasticGradientKernel
+from bnn.kernels._coordinates import Number
+from bnn.kernels.schedules import Schedule, check_setting, value_at
+
+
+class CorrectedKernel(StochasticGradientKernel):
+    """Proposals of ``num_steps`` steps each, accepted or refused by the energy of all data.
+
+    :param model: a Pyro model.
+    :param step_size: time step h.
+    :param friction: C, per unit of velocity; None draws the momentum afresh for every proposal.
+    :param num_steps: steps per proposal; a draw is ``steps_per_sample`` proposals.
+    :param temperature: T > 0.
+    :param mass: M: a number, a dict of numbers per site, or a vector.
+    :param options: those of :class:`~bnn.kernels._base.StochasticGradientKernel`; minibatches are always drawn with
+        replacement, since their order must be as likely as its reverse.
+    :raises ValueError: for settings out of range, or ``batches=``.
+    """
+
+    metropolised = True
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        step_size: float,
+        friction: float | None,
+        num_steps: int,
+        temperature: float = 1.0,
+        mass: float | Mapping[str, Any] | Tensor = 1.0,
+        **options: Any,
+    ) -> None:
+        for name, value in {"step_size": step_size, "temperature": temperature}.items():
+            if isinstance(value, Schedule):
+                raise ValueError(f"{name} is a Schedule; a Metropolis test needs the same number at every step.")
+        check_setting("temperature", temperature, strict=True)
+        if options.get("batches") is not None:
+            raise ValueError(
+                "batches= fixes the order of the minibatches, and a Metropolis test needs each order to be as likely "
+                "as its reverse: pass all data to run(), and subsample in the model's plate."
+            )
+        if not options.setdefault("replacement", True):
+            raise ValueError("replacement=False: a Metropolis test needs minibatches that are drawn independently.")
+        super().__init__(model, step_size=step_size, temperature=temperature, **options)
+        if friction is not None:
+            check_setting("friction", friction)
+            if isinstance(friction, Schedule):
+                raise ValueError("friction is a Schedule; a Metropolis test needs the same number at every step.")
+        if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps!r}; give a whole number of at least 1.")
+        self.friction, self.num_steps, self.mass = friction, num_steps, mass
+
+    def check_plan(self, draws: int | None) -> None:
+        """:raises ValueError: for a model whose energy is random."""
+        super().check_plan(draws)
+        if self.potential.is_random:
+            raise ValueError(
+                "the model draws random numbers of its own (dropout?), so that its energy is not a function of the "
+                "position, and a Metropolis test has nothing to test: switch them off, or use SGHMC."
+            )
+
+    def settings(self) -> dict[str, float | Schedule]:
+        """The settings of a step, for ``sample_stats``."""
+        return {**super().settings(), **({} if self.friction is None else {"friction": self.friction})}
+
+    def steps_to_draw(self, step: int) -> int:
+        """All steps of ``steps_per_sample`` proposals."""
+        del step
+        return self.num_steps * self.steps_per_sample
+
+    def planned_steps(self, draws: int) -> int:
+        """Steps of so many draws."""
+        return draws * self.steps_to_draw(0)
+
+    def is_constant(self) -> bool:
+        """Whether all steps are alike: only where each is a proposal."""
+        return self.num_steps == 1
+
+    def extra_stats(self, state: Any) -> dict[str, Tensor]:
+        """Acceptance probability of the last proposal."""
+        return {"acceptance_rate": state.acceptance.squeeze(-1)}
+
+    def fresh_momentum(self, like: Tensor) -> Tensor:
+        """A draw from N(0, T M)."""
+        scale = torch.as_tensor(np.sqrt(self._mass() * value_at(self.temperature, 0))).to(like)
+        return torch.randn_like(like) * scale
+
+    def _mass(self) -> Number:
+        return self.per_coordinate("mass", self.mass)
+
+
+def acceptance(excess: Tensor) -> Tensor:
+    """min(1, exp(−excess)), 0 for a proposal that left the finite numbers; ``(chains, 1)``."""
+    return torch.nan_to_num(torch.exp(-excess.clamp_min(0.0)), nan=0.0)

@@ -6,6 +6,7 @@ from bnn.kernels.cyclical import CyclicalSGLD as CyclicalSGLD
 from bnn.kernels.ggmc import GGMC as GGMC
 from bnn.kernels.learning_rate import learning_rate_and_momentum as learning_rate_and_momentum
 from bnn.kernels.learning_rate import step_size_and_friction as step_size_and_friction
+from bnn.kernels.masde import MaSDE as MaSDE
 from bnn.kernels.mcmc import MCMC as MCMC
 from bnn.kernels.norm_adjusted import NormAdjustedSGHMC as NormAdjustedSGHMC
 from bnn.kernels.norm_adjusted import implied_temperature as implied_temperature

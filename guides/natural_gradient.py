@@ -164,8 +164,8 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         step = self._step(model, natural, args, kwargs)
         if self.check_every and progress.count and progress.count % self.check_every == 0:
             self._warn_about(step.check(args, kwargs, params))
-        params = progress.covariances(params, step.estimator.covariances)
-        result, leaves = step(args, kwargs, params, statistics, progress.priors)
+        known = progress.covariances(params, step.estimator.covariances)
+        result, leaves = step(args, kwargs, known, statistics, progress.priors)
         loss = self._checked_loss(result, natural, progress, saved)
         progress.count += 1
         progress.priors = result.priors

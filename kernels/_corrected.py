@@ -17,6 +17,8 @@ from bnn.kernels.schedules import Schedule, check_setting, value_at
 class CorrectedKernel(StochasticGradientKernel):
     """Proposals of ``num_steps`` steps each, accepted or refused by the energy of all data.
 
+    In the first half of warm-up all finite ones are accepted, as by the uncorrected kernel.
+
     :param model: a Pyro model.
     :param step_size: time step h.
     :param friction: C, per unit of velocity; None draws the momentum afresh for every proposal.
@@ -79,13 +81,20 @@ class CorrectedKernel(StochasticGradientKernel):
         del step
         return self.num_steps * self.steps_per_sample
 
+    def is_settling(self, step: int) -> bool:
+        """Whether ``step`` lies in the first half of warm-up, where every finite proposal is taken.
+
+        Far from the posterior the test would refuse nearly all of them, and a chain would stand still.
+        """
+        return 2 * step < self._running.warmup_steps * self.steps_to_draw(0)
+
     def planned_steps(self, draws: int) -> int:
         """Steps of so many draws."""
         return draws * self.steps_to_draw(0)
 
     def is_constant(self) -> bool:
-        """Whether all steps are alike: only where each is a proposal."""
-        return self.num_steps == 1
+        """Whether all steps are alike: only where each is a proposal, and none is of warm-up."""
+        return self.num_steps == 1 and not self._running.warmup_steps
 
     def extra_stats(self, state: Any) -> dict[str, Tensor]:
         """Acceptance probability of the last proposal."""

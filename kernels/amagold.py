@@ -32,6 +32,7 @@ from bnn.kernels._base import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number
 from bnn.kernels._corrected import CorrectedKernel, acceptance
 from bnn.kernels._run import Run
+from bnn.kernels.schedules import value_at
 
 
 class AMAGOLDState(NamedTuple):
@@ -73,11 +74,11 @@ def update(
 
 
 def test(
-    before: AMAGOLDState, after: AMAGOLDState, energy: Tensor, uniform: Tensor, temperature: float
+    before: AMAGOLDState, after: AMAGOLDState, energy: Tensor, uniform: Tensor, temperature: float, settling: bool
 ) -> tuple[AMAGOLDState, Tensor]:
     """The Metropolis test of a whole proposal: the state that follows, and which chains stay ``(chains, 1)``."""
     probability = acceptance((energy - before.energy - after.work) / temperature)
-    stays = uniform < probability
+    stays = torch.isfinite(energy) if settling else uniform < probability
     position = torch.where(stays, after.position, before.position)
     momentum = torch.where(stays, after.momentum, -before.momentum)
     energy = torch.where(stays, energy, before.energy)
@@ -141,9 +142,9 @@ class AMAGOLD(CorrectedKernel):
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """The numbers of :class:`Coefficients`."""
         del step
-        h, mass = self.step_size, self._mass()
+        h, temperature, mass = value_at(self.step_size, 0), value_at(self.temperature, 0), self._mass()
         x = 0.5 * h * (0.0 if self.friction is None else self.friction) / mass
-        noise_scale = np.sqrt(4.0 * x * self.temperature * mass) / (1.0 + x)
+        noise_scale = np.sqrt(4.0 * x * temperature * mass) / (1.0 + x)
         return 0.5 * h / mass, (1.0 - x) / (1.0 + x), h / (1.0 + x), noise_scale, 1.0 / mass
 
     def update(
@@ -162,7 +163,8 @@ class AMAGOLD(CorrectedKernel):
             stats = run.take_steps(self.num_steps)
             energy = self.potential.full_energy(run.state.position).unsqueeze(-1)
             uniform = torch.rand_like(energy)
-            run.state, stays = test(before, run.state, energy, uniform, float(self.temperature))
+            settling = self.is_settling(run.step - 1)
+            run.state, stays = test(before, run.state, energy, uniform, value_at(self.temperature, 0), settling)
             known = torch.nan_to_num(stats) if known is None else known  # nothing is known before the first proposal
             stats = run.with_state(torch.where(stays, stats, known))
         assert stats is not None

@@ -28,6 +28,7 @@ from torch import Tensor
 from bnn.kernels._base import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number
 from bnn.kernels._corrected import CorrectedKernel, acceptance
+from bnn.kernels.schedules import value_at
 
 
 class GGMCState(NamedTuple):
@@ -59,6 +60,7 @@ class Coefficients(NamedTuple):
     inverse_temperature: Tensor  # 1 / T
     is_first: Tensor  # 1 in the first step of a proposal, else 0
     is_last: Tensor  # 1 in the last, else 0
+    is_settling: Tensor  # 1 where every finite proposal is taken, else 0
 
 
 def init(position: Tensor, momentum: Tensor, energy: Tensor, grad: Tensor, num_steps: int) -> GGMCState:
@@ -87,7 +89,7 @@ def update(
     start_position, start_momentum, start_grad, start_energy = start
     kinetic = ((momentum - start_momentum) * (momentum + start_momentum) * k.inverse_mass).sum(-1, keepdim=True)
     probability = acceptance((energy - start_energy + 0.5 * kinetic) * k.inverse_temperature)
-    stays = uniform < probability
+    stays = (uniform < probability) | (torch.isfinite(energy) & (k.is_settling > 0))
     if num_steps > 1:
         last = k.is_last > 0
         stays, probability = stays | ~last, torch.where(last, probability, state.acceptance)
@@ -95,8 +97,10 @@ def update(
     momentum = torch.where(stays, momentum, -start_momentum)
     grad = torch.where(stays, grad, start_grad)
     energy = torch.where(stays, energy, start_energy)
-    kept = start if num_steps > 1 else state[5:]
-    return GGMCState(position, momentum, grad, energy, probability, *kept), Evaluation(position, energy[:, 0], grad)
+    remembered = start if num_steps > 1 else tuple(state[5:])
+    return GGMCState(position, momentum, grad, energy, probability, *remembered), Evaluation(
+        position, energy[:, 0], grad
+    )
 
 
 class GGMC(CorrectedKernel):
@@ -158,11 +162,12 @@ class GGMC(CorrectedKernel):
 
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """The numbers of :class:`Coefficients`."""
-        h, temperature, mass, place = self.step_size, self.temperature, self._mass(), step % self.num_steps
+        h, temperature, mass = value_at(self.step_size, 0), value_at(self.temperature, 0), self._mass()
+        place = step % self.num_steps
         decay = 0.0 if self.friction is None else np.exp(-h * self.num_steps * self.friction / mass)
         scale = np.sqrt(temperature * mass * (1.0 - decay**2))
         decay, scale = (decay, scale) if place == 0 else (0.0 * decay + 1.0, 0.0 * scale)
-        flags = float(place == 0), float(place == self.num_steps - 1)
+        flags = float(place == 0), float(place == self.num_steps - 1), float(self.is_settling(step))
         return 0.5 * h, h / mass, decay, scale, 1.0 / mass, 1.0 / temperature, *flags
 
     def update(

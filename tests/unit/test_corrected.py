@@ -173,6 +173,25 @@ def test_a_proposal_that_leaves_the_finite_numbers_is_refused():
     assert not mcmc.sample_stats["diverging"].any() and (mcmc.sample_stats["acceptance_rate"] < 0.5).any()
 
 
+@pytest.mark.parametrize("kernel", [GGMC, AMAGOLD])
+def test_chains_from_far_away_arrive_in_warm_up(kernel):
+    """Thirty standard deviations out the test would refuse nearly all: it holds in the second half of warm-up."""
+    y = torch.full((100,), 2.0)
+
+    def model(y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(mean, 1.0), obs=y)
+
+    one = kernel(model, step_size=0.03, friction=5.0, num_steps=5, compile="fx")
+    start = {"mean": torch.tensor([-1.0, 5.0])}
+    mcmc = MCMC(one, num_samples=400, warmup_steps=100, num_chains=2, initial_params=start, disable_progbar=True)
+    mcmc.run(y)
+    draws = mcmc.get_samples(group_by_chain=True)["mean"]
+    assert ((draws.mean(1) - 200 / 101).abs() < 0.05).all()
+    assert (draws.diff(dim=1) == 0).any()  # refusals, after warm-up
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

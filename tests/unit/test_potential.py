@@ -363,7 +363,9 @@ def test_starts_are_finite_and_apart(row: Row, strategy: str) -> None:
     assert (start[0] != start[1]).all() and (start[1] != start[2]).all()
 
 
-@pytest.mark.parametrize("strategy", ["median", "mean", "feasible", init_to_median], ids=str)
+@pytest.mark.parametrize(
+    "strategy", ["median", "mean", "feasible", init_to_median], ids=["median", "mean", "feasible", "function"]
+)
 def test_other_init_functions_work(strategy: Any) -> None:
     (row,) = (row for row in MODELS if row.name == "horseshoe")
     potential = potential_of(row)

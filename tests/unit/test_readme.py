@@ -25,7 +25,7 @@ def test_run_it_has_two_commands_of_one_line() -> None:
         assert "-c constraints.txt" in command, "a command installs the tested versions"
         assert not command.endswith("\\"), "a command is one line"
     assert quickstart.endswith(" examples/quickstart.py")
-    assert tests.endswith(" -m pytest")
+    assert tests.endswith(" -m pytest -n 2")
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["quickstart", "tests"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,11 @@ class StochasticGradientKernel(MCMCKernel):
     def settings(self) -> dict[str, float | Schedule]:
         """The settings that may follow a schedule."""
         return {"step_size": self.step_size, "temperature": self.temperature}
+
+    def phase(self, step: int) -> Hashable:
+        """Steps of one phase have the same coefficients; None where that is not known."""
+        del step
+        return None
 
     def planned_steps(self, draws: int) -> int:
         """About how many steps so many draws take."""

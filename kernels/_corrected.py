@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,10 @@ class CorrectedKernel(StochasticGradientKernel):
     def is_constant(self) -> bool:
         """Whether all steps are alike: only where each is a proposal, and none is of warm-up."""
         return self.num_steps == 1 and not self._running.warmup_steps
+
+    def phase(self, step: int) -> Hashable:
+        """The place in a proposal, and whether it is one of warm-up."""
+        return step % self.num_steps, self.is_settling(step)
 
     def extra_stats(self, state: Any) -> dict[str, Tensor]:
         """Acceptance probability of the last proposal."""

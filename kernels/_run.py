@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -52,6 +52,9 @@ class Algorithm(Protocol):
     def settings(self) -> dict[str, float | Schedule]:
         """The settings that may follow a schedule."""
 
+    def phase(self, step: int) -> Hashable:
+        """What steps with the same coefficients have in common, or None."""
+
     def steps_to_draw(self, step: int) -> int:
         """Steps to the next draw."""
 
@@ -82,6 +85,7 @@ class Run:
         self.params: dict[str, Tensor] | None = None
         self.constant = True
         self._numbers: dict[int, tuple[Tensor, ...]] = {}
+        self._phases: dict[Hashable, tuple[Tensor, ...]] = {}
         self.coordinates: dict[str, Number] = {}  # settings per coordinate, worked out once
         self.unrolled = 0  # steps of the program that records several, 0 without one
         self._programs: dict[Any, Program] = {}
@@ -254,6 +258,10 @@ class Run:
         """The kernel's coefficients in the precision and on the device of the chains."""
         if self.constant:
             step = 0
+        elif (phase := self.kernel.phase(step)) is not None:
+            if phase not in self._phases:
+                self._phases[phase] = self._numbers_from(step, 1)[step]
+            return self._phases[phase]
         if step not in self._numbers:
             self._numbers = self._numbers_from(step, 1 if self.constant else SCHEDULED_AHEAD)
         return self._numbers[step]

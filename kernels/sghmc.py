@@ -22,7 +22,7 @@ Cost: one gradient a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -181,6 +181,12 @@ class SGHMC(StochasticGradientKernel):
     def is_constant(self) -> bool:
         """Whether the coefficients are the same at every step: not where some steps resample the momentum."""
         return super().is_constant() and self.momentum_resampling in (None, 1)
+
+    def phase(self, step: int) -> Hashable:
+        """Whether the momentum is resampled, if nothing else changes."""
+        if self.momentum_resampling is None or not super().is_constant():
+            return None
+        return step % self.momentum_resampling == 0
 
     def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> SGHMCState:
         """Momentum drawn from N(0, T M)."""

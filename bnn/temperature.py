@@ -103,6 +103,44 @@ def wrong_temperature(sample_stats: Mapping[str, Any], dim: int, tolerance: floa
     return f"the chains ran at kinetic temperature {m.mean:.3g}, not at the {asked:.3g} asked for; {remedy}."
 
 
+def verdict(sample_stats: Mapping[str, Any], dim: int, tolerance: float = 0.05) -> str:
+    """In words: whether the law that was measured is the one that was asked for, and if not, what likely is the cause.
+
+    A measured temperature counts as the one asked for if it lies within ``tolerance`` of it or inside its 99 % region.
+
+    >>> stats = {"temperature": np.ones((1, 9)), "kinetic_temperature": np.ones((1, 9))}
+    >>> verdict(stats, dim=100)
+    'asked T = 1, measured 1 +- 0 (momenta): as asked.'
+    """
+    asked = float(np.mean(np.asarray(sample_stats["temperature"], dtype=float)))
+    labels = {"configurational_temperature": "positions", "kinetic_temperature": "momenta"}
+    found = {label: measure(sample_stats, name, dim) for name, label in labels.items() if name in sample_stats}
+    said = ", ".join(f"{m.mean:.3g} +- {m.error:.1g} ({label})" for label, m in found.items())
+    off = {
+        label: m
+        for label, m in found.items()
+        if not (m.low <= m.mean <= m.high or abs(m.mean - asked) <= tolerance * asked)
+    }
+    if not off:
+        return f"asked T = {asked:.3g}, measured {said}: as asked."
+    return f"asked T = {asked:.3g}, but measured {said}: {_cause(sample_stats, asked, off)}."
+
+
+def _cause(sample_stats: Mapping[str, Any], asked: float, off: Mapping[str, MeasuredTemperature]) -> str:
+    implied = np.asarray(sample_stats.get("implied_temperature", asked), dtype=float)
+    if not np.allclose(implied, asked, rtol=0.05):
+        return "momentum_scale draws momenta at another temperature; leave it 'auto'"
+    if "momenta" in off:
+        if off["momenta"].mean > asked:
+            return "noise of the minibatch gradients heats the chains; smaller step_size or larger minibatches"
+        return "the momenta have not settled; more warm-up or more friction"
+    if off["positions"].mean > asked:
+        return (
+            "the step_size is too large for the steepest directions, or the chains still descend; halve it and compare"
+        )
+    return "the chains have not spread yet; more warm-up or a larger step_size"
+
+
 def describe_temperatures(sample_stats: Mapping[str, Any], dim: int) -> str:
     """One line: the temperature asked for, the measured ones, and where they should lie."""
     asked = float(np.mean(np.asarray(sample_stats["temperature"], dtype=float)))

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bnn.kernels._base import StochasticGradientKernel
-from bnn.temperature import describe_temperatures, wrong_temperature
+from bnn.temperature import describe_temperatures, verdict, wrong_temperature
 
 METHODS = ("vectorized", "sequential", "parallel")
 
@@ -294,6 +294,7 @@ class MCMC(PyroMCMC):
             print(f"{name}: {self._samples[name][0, 0].numel()} numbers, not listed")
         if self._sample_stats:
             print(self.temperature_report())
+            print(f"Verdict: {self.temperature_verdict()}")
         if self._diagnostics[0] and "divergences" in self._diagnostics[0]:
             print(f"Number of divergences: {sum(len(entry['divergences']) for entry in self._diagnostics)}")
 
@@ -305,6 +306,15 @@ class MCMC(PyroMCMC):
         if not self.sample_stats:
             raise RuntimeError("there are no statistics to measure a temperature by: the kernel is not one of bnn's.")
         return describe_temperatures({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim)
+
+    def temperature_verdict(self) -> str:
+        """In words: whether the chains sampled at the temperature asked for, and the likeliest cause if not.
+
+        :raises RuntimeError: before ``run``, or for a kernel of Pyro's own, which has no temperature.
+        """
+        if not self.sample_stats:
+            raise RuntimeError("there are no statistics to measure a temperature by: the kernel is not one of bnn's.")
+        return verdict({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim)
 
     def _small_sites(self) -> dict[str, Tensor]:
         """Draws of the sites whose effective sample sizes are worth their cost, none for fewer than four draws."""

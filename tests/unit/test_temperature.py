@@ -10,7 +10,14 @@ import torch
 from scipy import stats
 
 from bnn.kernels import MCMC, SGHMC
-from bnn.temperature import describe_temperatures, effective_draws, kinetic_region, measure, wrong_temperature
+from bnn.temperature import (
+    describe_temperatures,
+    effective_draws,
+    kinetic_region,
+    measure,
+    verdict,
+    wrong_temperature,
+)
 from support import targets
 from support.cases import KERNELS
 from support.checks import ALPHA
@@ -116,6 +123,32 @@ def test_description():
     assert text.startswith("Temperature: asked 0.5; kinetic 0.4 +- ")
     assert f"(99 % region [{low:.4g}, {high:.4g}])" in text
     assert "configurational" not in text
+
+
+def temperatures(kinetic: float, configurational: float, **extra: float) -> dict[str, np.ndarray]:
+    """Statistics of 4 chains of 400 independent draws of 50 coordinates about the given means."""
+    random = np.random.default_rng(0)
+    means = {"kinetic_temperature": kinetic, "configurational_temperature": configurational}
+    drawn = {name: mean * random.chisquare(50, (4, 400)) / 50 for name, mean in means.items()}
+    return {"temperature": np.ones((4, 400)), **drawn, **{name: np.full((4, 400), v) for name, v in extra.items()}}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (temperatures(1.0, 1.0), "as asked."),
+        (temperatures(1.03, 0.97), "as asked."),
+        (temperatures(1.3, 1.3), "noise of the minibatch gradients heats the chains"),
+        (temperatures(0.7, 0.9), "the momenta have not settled"),
+        (temperatures(1.0, 1.4), "step_size is too large for the steepest directions"),
+        (temperatures(1.0, 0.6), "have not spread yet"),
+        (temperatures(0.19, 0.06, implied_temperature=0.076), "momentum_scale draws momenta at another temperature"),
+    ],
+)
+def test_verdict_names_the_cause(given, said):
+    text = verdict(given, dim=50)
+    assert text.startswith("asked T = 1, ") and said in text
+    assert ("measured" in text) and ("but" in text) == (said != "as asked.")
 
 
 def one_mean(y):

@@ -26,11 +26,12 @@ from bnn.kernels.sgld import SGLD
 
 @dataclass(frozen=True)
 class SamplingStage(Schedule):
-    """A temperature in the sampling stage of each cycle, zero before it.
+    """A temperature in the sampling stage of each cycle, and another before it.
 
     :param temperature: T.
     :param cycle_length: steps per cycle L.
     :param exploration: share β of the cycle that explores.
+    :param before: the temperature in the exploration stage.
 
     >>> [SamplingStage(1.0, cycle_length=4, exploration=0.5).value_at(step) for step in range(4)]
     [0.0, 0.0, 1.0, 1.0]
@@ -39,6 +40,7 @@ class SamplingStage(Schedule):
     temperature: float | Schedule
     cycle_length: int
     exploration: float
+    before: float = 0.0
     has_cycles = True
 
     def samples(self, step: int) -> bool:
@@ -47,7 +49,7 @@ class SamplingStage(Schedule):
 
     def value_at(self, step: int) -> float:
         """The temperature at ``step``."""
-        return value_at(self.temperature, step) if self.samples(step) else 0.0
+        return value_at(self.temperature, step) if self.samples(step) else self.before
 
     def cycle_position(self, step: int) -> float:
         """How far into its cycle ``step`` lies, in [0, 1)."""
@@ -70,6 +72,7 @@ class _Cyclical(StochasticGradientKernel):
         step_size: float,
         cycle_length: int,
         exploration: float = 0.8,
+        exploration_temperature: float = 0.0,
         temperature: float | Schedule = 1.0,
         **options: Any,
     ) -> None:
@@ -77,6 +80,7 @@ class _Cyclical(StochasticGradientKernel):
             raise ValueError("step_size is a Schedule; give the number that every cycle starts with.")
         check_setting("step_size", step_size, strict=True)
         check_setting("temperature", temperature)
+        check_setting("exploration_temperature", exploration_temperature)
         if not isinstance(cycle_length, int) or isinstance(cycle_length, bool) or cycle_length < 2:
             raise ValueError(f"cycle_length is {cycle_length!r}; give a whole number of at least 2 steps.")
         if not 0.0 <= exploration < 1.0 or exploration * cycle_length > cycle_length - 1:
@@ -84,7 +88,7 @@ class _Cyclical(StochasticGradientKernel):
                 f"exploration is {exploration!r} of cycles of {cycle_length} steps; give a share from 0 to below 1 "
                 "that leaves a step to sample at."
             )
-        self.stage = SamplingStage(temperature, cycle_length, exploration)
+        self.stage = SamplingStage(temperature, cycle_length, exploration, float(exploration_temperature))
         steps = CosineCycles(step_size, cycle_length)
         super().__init__(model, step_size=steps, temperature=self.stage, **options)
 
@@ -125,6 +129,7 @@ class CyclicalSGLD(_Cyclical, SGLD):
     :param step_size: h₀, the step size that each cycle starts with.
     :param cycle_length: steps per cycle L.
     :param exploration: share β of each cycle that explores and gives no draws.
+    :param exploration_temperature: T of the exploration stages: 0 in the paper, where minibatch noise is what explores.
     :param temperature: T of the sampling stages; 1 is the posterior.
     :param options: ``preconditioner`` and those of every kernel; see :class:`~bnn.kernels.SGLD`.
     :raises ValueError: for settings out of range, or a run that ends within its first cycle.
@@ -152,6 +157,7 @@ class CyclicalSGHMC(_Cyclical, SGHMC):
     :param friction: C, as of :class:`~bnn.kernels.SGHMC`.
     :param cycle_length: steps per cycle L.
     :param exploration: share β of each cycle that explores and gives no draws.
+    :param exploration_temperature: T of the exploration stages: 0 in the paper, where minibatch noise is what explores.
     :param temperature: T of the sampling stages; 1 is the posterior.
     :param options: ``mass``, ``integrator`` and the others of :class:`~bnn.kernels.SGHMC`.
     :raises ValueError: for settings out of range, or a run that ends within its first cycle.

@@ -11,7 +11,11 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # Example -> files that it writes.
-WRITES = {"quickstart.py": ["quickstart.nc", "quickstart.png"], "uci_regression.py": []}
+WRITES = {
+    "multimodal.py": ["multimodal.png"],
+    "quickstart.py": ["quickstart.nc", "quickstart.png"],
+    "uci_regression.py": [],
+}
 
 
 def run(name, *options, **settings):

@@ -24,11 +24,11 @@ def stepped(kernel, steps: int) -> np.ndarray:
     return np.stack([part.flatten().numpy() for part in kernel._running.state[:2] if part.numel()], 1)
 
 
-def at(step: int, temperature: float) -> Setting:
+def at(step: int, temperature: float, before: float = 0.0) -> Setting:
     """Zhang et al.'s equation 1, and the temperature of the stage."""
     within = step % CYCLE
     step_size = PEAK * 0.5 * (math.cos(math.pi * within / CYCLE) + 1)
-    return Setting(4.0, step_size, temperature if within >= EXPLORATION * CYCLE else 0.0, friction=3.0)
+    return Setting(4.0, step_size, temperature if within >= EXPLORATION * CYCLE else before, friction=3.0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
@@ -38,6 +38,15 @@ def test_sgld_follows_the_two_stages_exactly(temperature):
     covariance = np.zeros((3, 3))
     for step in range(19):
         covariance = laws.propagate(covariance, laws.sgld(at(step, temperature)))
+    assert_variance("position", sample[:, 0], covariance[0, 0])
+
+
+def test_exploration_may_have_a_temperature_of_its_own():
+    options = {"step_size": PEAK, "cycle_length": CYCLE, "exploration": EXPLORATION, "exploration_temperature": 2.0}
+    sample = stepped(CyclicalSGLD(targets.gaussian, compile="fx", **options), 19)
+    covariance = np.zeros((3, 3))
+    for step in range(19):
+        covariance = laws.propagate(covariance, laws.sgld(at(step, 1.0, before=2.0)))
     assert_variance("position", sample[:, 0], covariance[0, 0])
 
 
@@ -95,6 +104,7 @@ def test_without_exploration_it_is_sgld_under_the_schedule():
         ({"exploration": 0.95}, "leaves a step to sample at"),
         ({"step_size": 0.0}, "step_size is 0"),
         ({"temperature": -1.0}, "temperature is -1"),
+        ({"exploration_temperature": -1.0}, "exploration_temperature is -1"),
         ({"cycle_length": 1000}, "without a second cycle"),
     ],
 )

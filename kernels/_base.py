@@ -133,6 +133,10 @@ class StochasticGradientKernel(MCMCKernel):
         del state, coefficients
         return None
 
+    def adapt(self, stats: Tensor) -> None:
+        """Learn from a draw of warm-up, given its statistics ``(chains, names)``."""
+        del stats
+
     def take(self, run: Run) -> Tensor:
         """The steps to the next draw; statistics ``(chains, names)`` of the last."""
         return run.take_steps(self.steps_to_draw(run.step))
@@ -213,7 +217,7 @@ class StochasticGradientKernel(MCMCKernel):
         """What the progress bar shows."""
         run = self._running
         step = max(run.step - 1, 0)
-        shown = {"step size": f"{value_at(self.step_size, step):.2e}"}
+        shown = {"step size": f"{value_at(self.settings()['step_size'], step):.2e}"}
         if run.last_stats is not None:
             stats = dict(zip(run.stat_names, run.last_stats.mean(0).tolist(), strict=True))
             shown["energy"] = f"{stats['energy']:.3e}"
@@ -268,6 +272,8 @@ class StochasticGradientKernel(MCMCKernel):
         run.draws += 1
         if run.draws > run.warmup_steps:
             run.record(stats)
+        else:
+            self.adapt(stats)
         return stats
 
     def chain_diagnostics(self) -> list[dict[str, Any]]:

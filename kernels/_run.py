@@ -254,6 +254,10 @@ class Run:
         per_chain = [True] * (len(example) - len(numbers)) + [False] * len(numbers)
         return self.potential.program(function, example, per_chain, calls)
 
+    def forget_numbers(self) -> None:
+        """Have the coefficients worked out anew."""
+        self._numbers, self._phases = {}, {}
+
     def numbers_at(self, step: int) -> tuple[Tensor, ...]:
         """The kernel's coefficients in the precision and on the device of the chains."""
         if self.constant:

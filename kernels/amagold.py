@@ -21,8 +21,8 @@ Cost: one minibatch gradient a step, and one energy of all data per proposal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bnn.kernels._base import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number
-from bnn.kernels._corrected import CorrectedKernel, acceptance
+from bnn.kernels._corrected import LARGEST_EXCESS, CorrectedKernel, acceptance
 from bnn.kernels._run import Run
 from bnn.kernels.schedules import value_at
 
@@ -77,8 +77,9 @@ def test(
     before: AMAGOLDState, after: AMAGOLDState, energy: Tensor, uniform: Tensor, temperature: float, settling: bool
 ) -> tuple[AMAGOLDState, Tensor]:
     """The Metropolis test of a whole proposal: the state that follows, and which chains stay ``(chains, 1)``."""
-    probability = acceptance((energy - before.energy - after.work) / temperature)
-    stays = torch.isfinite(energy) if settling else uniform < probability
+    excess = (energy - before.energy - after.work) / temperature
+    probability = acceptance(excess)
+    stays = excess < LARGEST_EXCESS if settling else uniform < probability
     position = torch.where(stays, after.position, before.position)
     momentum = torch.where(stays, after.momentum, -before.momentum)
     energy = torch.where(stays, energy, before.energy)
@@ -89,11 +90,13 @@ class AMAGOLD(CorrectedKernel):
     """Amortised Metropolis-adjusted SGHMC on minibatches (Zhang et al. 2020): exact at any step size.
 
     :param model: a Pyro model; ``pyro.plate(..., subsample_size=B)`` in it makes the minibatches.
-    :param step_size: time step h; acceptance in ``sample_stats`` says whether it is too long.
+    :param step_size: time step h; acceptance in ``sample_stats`` says whether it is too long. ``"auto"`` finds the one
+        of mean acceptance ``target_acceptance`` (0.8) in warm-up.
     :param friction: C, per unit of velocity; None draws the momentum afresh for every proposal.
     :param num_steps: L, minibatch steps per proposal.
     :param temperature: T > 0; 1 samples the posterior.
-    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values.
+    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values; ``"auto"`` takes the inverse
+        variances of the draws of warm-up, and then ``friction`` is a rate, C/M.
     :param options: ``steps_per_sample`` (proposals per draw), ``compile`` and ``init_strategy``; see
         :class:`~bnn.kernels._base.StochasticGradientKernel`.
     :raises ValueError: for settings out of range, ``batches=``, or a model whose energy is random.
@@ -116,11 +119,11 @@ class AMAGOLD(CorrectedKernel):
         self,
         model: Callable[..., Any],
         *,
-        step_size: float,
+        step_size: float | Literal["auto"] = "auto",
         friction: float | None,
         num_steps: int = 10,
         temperature: float = 1.0,
-        mass: float | Mapping[str, Any] | Tensor = 1.0,
+        mass: float | Mapping[str, Any] | Tensor | Literal["auto"] = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -131,8 +134,13 @@ class AMAGOLD(CorrectedKernel):
     evaluates_at_draws = False  # but half a step before one that the test may still refuse
 
     def is_constant(self) -> bool:
-        """All steps are alike: the test is not part of the recorded step."""
-        return True
+        """All steps are alike, since the test is not part of the recorded step, unless warm-up changes them."""
+        return not (self.adapts_step_size or self.adapts_mass)
+
+    def phase(self, step: int) -> Hashable:
+        """One for all, until :meth:`adapt` forgets it."""
+        del step
+        return 0
 
     def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> AMAGOLDState:
         """Momentum drawn from N(0, T M), and the energy of all data."""
@@ -142,8 +150,8 @@ class AMAGOLD(CorrectedKernel):
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """The numbers of :class:`Coefficients`."""
         del step
-        h, temperature, mass = value_at(self.step_size, 0), value_at(self.temperature, 0), self._mass()
-        x = 0.5 * h * (0.0 if self.friction is None else self.friction) / mass
+        h, temperature, mass = self.step, value_at(self.temperature, 0), self._mass()
+        x = 0.5 * h * self.friction_of(mass) / mass
         noise_scale = np.sqrt(4.0 * x * temperature * mass) / (1.0 + x)
         return 0.5 * h / mass, (1.0 - x) / (1.0 + x), h / (1.0 + x), noise_scale, 1.0 / mass
 

@@ -19,7 +19,7 @@ Cost: one gradient a step; the energies come with the gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bnn.kernels._base import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number
-from bnn.kernels._corrected import CorrectedKernel, acceptance
+from bnn.kernels._corrected import LARGEST_EXCESS, CorrectedKernel, acceptance
 from bnn.kernels.schedules import value_at
 
 
@@ -88,8 +88,9 @@ def update(
     momentum, energy = momentum - grad * k.half_step, energy.unsqueeze(-1)
     start_position, start_momentum, start_grad, start_energy = start
     kinetic = ((momentum - start_momentum) * (momentum + start_momentum) * k.inverse_mass).sum(-1, keepdim=True)
-    probability = acceptance((energy - start_energy + 0.5 * kinetic) * k.inverse_temperature)
-    stays = (uniform < probability) | (torch.isfinite(energy) & (k.is_settling > 0))
+    excess = (energy - start_energy + 0.5 * kinetic) * k.inverse_temperature
+    probability = acceptance(excess)
+    stays = (uniform < probability) | ((excess < LARGEST_EXCESS) & (k.is_settling > 0))
     if num_steps > 1:
         last = k.is_last > 0
         stays, probability = stays | ~last, torch.where(last, probability, state.acceptance)
@@ -110,11 +111,13 @@ class GGMC(CorrectedKernel):
     :class:`~bnn.kernels.AMAGOLD`.
 
     :param model: a Pyro model without subsampling.
-    :param step_size: time step h; acceptance in ``sample_stats`` says whether it is too long.
+    :param step_size: time step h; acceptance in ``sample_stats`` says whether it is too long. ``"auto"`` finds the one
+        of mean acceptance ``target_acceptance`` (0.8) in warm-up.
     :param friction: C, per unit of velocity; None draws the momentum afresh for every proposal.
     :param num_steps: L, leapfrog steps per proposal.
     :param temperature: T > 0; 1 samples the posterior.
-    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values.
+    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values; ``"auto"`` takes the inverse
+        variances of the draws of warm-up, and then ``friction`` is a rate, C/M.
     :param options: ``steps_per_sample`` (proposals per draw), ``compile`` and ``init_strategy``; see
         :class:`~bnn.kernels._base.StochasticGradientKernel`.
     :raises ValueError: for settings out of range, or a model whose energy is random.
@@ -134,11 +137,11 @@ class GGMC(CorrectedKernel):
         self,
         model: Callable[..., Any],
         *,
-        step_size: float,
+        step_size: float | Literal["auto"] = "auto",
         friction: float | None,
         num_steps: int = 1,
         temperature: float = 1.0,
-        mass: float | Mapping[str, Any] | Tensor = 1.0,
+        mass: float | Mapping[str, Any] | Tensor | Literal["auto"] = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -162,9 +165,8 @@ class GGMC(CorrectedKernel):
 
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """The numbers of :class:`Coefficients`."""
-        h, temperature, mass = value_at(self.step_size, 0), value_at(self.temperature, 0), self._mass()
-        place = step % self.num_steps
-        decay = 0.0 if self.friction is None else np.exp(-h * self.num_steps * self.friction / mass)
+        h, temperature, mass, place = self.step, value_at(self.temperature, 0), self._mass(), step % self.num_steps
+        decay = 0.0 if self.friction is None else np.exp(-h * self.num_steps * self.friction_of(mass) / mass)
         scale = np.sqrt(temperature * mass * (1.0 - decay**2))
         decay, scale = (decay, scale) if place == 0 else (0.0 * decay + 1.0, 0.0 * scale)
         flags = float(place == 0), float(place == self.num_steps - 1), float(self.is_settling(step))

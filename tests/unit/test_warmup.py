@@ -1,0 +1,117 @@
+"""What corrected kernels learn in warm-up, and that it leaves their law alone."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+
+from bnn.kernels import AMAGOLD, GGMC, MCMC
+from bnn.kernels._warmup import Warmup, window_ends
+from support import targets
+from support.checks import ALPHA
+
+N = 100_000
+SCALES = torch.logspace(-2, 2, 20, dtype=torch.float64)
+
+
+def scaled(scales: torch.Tensor) -> None:
+    """Independent Normals whose scales differ by four orders of magnitude."""
+    pyro.sample("z", dist.Normal(torch.zeros_like(scales), scales).to_event(1))
+
+
+def student(like: torch.Tensor) -> None:
+    pyro.sample("z", dist.StudentT(torch.tensor(5.0, dtype=like.dtype), 0.0, 1.0))
+
+
+@pytest.mark.parametrize("target", [0.6, 0.9])
+@pytest.mark.parametrize("kernel", [GGMC, AMAGOLD])
+def test_step_size_for_an_acceptance_and_the_exact_law(kernel, target):
+    """From exact draws, through 150 draws of warm-up, to exact draws: adapting to the mean of all chains is exact."""
+    one = kernel(student, friction=1.0, num_steps=3, target_acceptance=target, compile="fx")
+    one.num_chains, one.initial_params = N, {"z": torch.tensor(stats.t(5).rvs(N, random_state=3))}
+    with targets.starts_unchecked():
+        one.setup(150, torch.ones(1, dtype=torch.float64))
+        for _ in range(150):
+            one.advance()
+        step = one.step
+        found = []
+        for _ in range(5):
+            one.advance()
+            found.append(float(one._running.state.acceptance.mean()))
+    assert np.mean(found) == pytest.approx(target, abs=0.03)
+    assert one.step == step, "it changed after warm-up"
+    assert stats.kstest(one.position.flatten().numpy(), stats.t(5).cdf).pvalue > ALPHA
+
+
+@pytest.mark.parametrize(
+    "kernel, settings",
+    [
+        (GGMC, {"friction": None, "num_steps": 3}),
+        (GGMC, {"friction": 0.5}),
+        (AMAGOLD, {"friction": 0.5, "num_steps": 5}),
+    ],
+    ids=["hmc", "ggmc", "amagold"],
+)
+def test_masses_are_inverse_variances(kernel, settings):
+    one = kernel(scaled, mass="auto", compile="fx", **settings)
+    mcmc = MCMC(one, num_samples=600, warmup_steps=450, num_chains=4, disable_progbar=True)
+    mcmc.run(SCALES)
+    assert np.abs(np.log(one._warmup.mass * SCALES.numpy() ** 2)).max() < 1.0
+    assert float(mcmc.sample_stats["acceptance_rate"].mean()) == pytest.approx(0.8, abs=0.15)
+    spread = mcmc.get_samples()["z"].std(0) / SCALES
+    assert spread.min() > 0.7 and spread.max() < 1.3
+    assert float(mcmc.sample_stats["step_size"][0, 0]) == one.step != 0.1
+
+
+def test_momenta_keep_their_law_when_masses_change():
+    one = GGMC(scaled, friction=0.0, step_size=1e-4, mass="auto", compile="fx")
+    one.num_chains, one.initial_params = 2000, {"z": torch.randn(2000, 20, dtype=torch.float64) * SCALES}
+    with targets.starts_unchecked():
+        one.setup(20, SCALES)
+        for _ in range(20):
+            one.advance()
+    scaled_momenta = one._running.state.momentum / torch.tensor(one._warmup.mass).sqrt()
+    assert scaled_momenta.var(0).sub(1).abs().max() < 0.2
+    assert not np.allclose(one._warmup.mass, 1.0)
+
+
+def test_nothing_is_learnt_after_warm_up_or_from_another_run():
+    warmup = Warmup(30, 0.1, True, True, 0.8)
+    position = torch.randn(3, 4)
+    assert all(warmup(0.9, torch.randn(3, 4)) for _ in range(30))
+    before = warmup.step_size, warmup.mass.copy()
+    assert not warmup(0.1, position)
+    assert warmup.step_size == before[0] and np.array_equal(warmup.mass, before[1])
+    one = GGMC(scaled, friction=0.5, mass="auto", compile="fx")
+    draws = []
+    for _ in range(2):
+        pyro.set_rng_seed(1)
+        mcmc = MCMC(one, num_samples=5, warmup_steps=60, disable_progbar=True)
+        mcmc.run(SCALES)
+        draws.append(mcmc.get_samples()["z"])
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize(
+    "draws, ends", [(10, []), (100, [90]), (150, [100]), (1000, [100, 150, 250, 450, 950]), (200, [100, 150])]
+)
+def test_windows_double_and_leave_the_end_to_the_step_size(draws, ends):
+    assert window_ends(draws) == ends
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"step_size": "fast"}, "step_size is 'fast'"),
+        ({"mass": "dense"}, "mass is 'dense'"),
+        ({"target_acceptance": 1.0}, "target_acceptance is 1.0"),
+        ({"step_size": "auto"}, "give warmup_steps"),
+        ({"mass": "auto"}, "give warmup_steps"),
+    ],
+)
+@pytest.mark.parametrize("kernel", [GGMC, AMAGOLD])
+def test_bad_settings(kernel, settings, message):
+    with pytest.raises(ValueError, match=message):
+        kernel(scaled, friction=1.0, compile="fx", **{"step_size": 0.1, **settings}).setup(0, SCALES)

@@ -54,13 +54,13 @@ class Warmup:
 
     def __init__(self, draws: int, step_size: float, adapts_step_size: bool, adapts_mass: bool, target: float) -> None:
         self.draws, self.step_size, self.target = draws, step_size, target
-        self.adapts_step_size, self.mass = adapts_step_size, None
+        self.adapts_step_size = adapts_step_size
+        self.mass: Number | None = None
         self._ends = window_ends(draws) if adapts_mass else []
         self._first = 0 if START + WINDOW + END > draws else START
         self._averaging = DualAveraging(prox_center=math.log(10.0 * step_size))
         self._welford = WelfordCovariance(diagonal=True)
         self._draw = 0
-        self.mass: Number | None
 
     def __call__(self, acceptance: float, position: Tensor) -> bool:
         """Learn from one draw of all chains; whether something changed.

@@ -211,9 +211,9 @@ def _parts(
     if weight is not None:
         a = inputs if weight.factor == 1.0 else inputs * weight.factor
         if weight.outputs_are_rows:
-            joined = bias if bias is not None and bias.outputs_are_rows and bias.rows == weight.rows else None
-            a = with_constant(a, weight.columns, shape[1], joined)
-            bias = bias if joined is None else None
+            partner = bias if bias is not None and bias.outputs_are_rows and bias.rows == weight.rows else None
+            a = with_constant(a, weight.columns, shape[1], partner)
+            bias = bias if partner is None else None
             parts.append((a, placed(rows, weight.rows, shape[0])))
         else:
             parts.append((placed(rows, weight.columns, shape[1]), placed(a, weight.rows, shape[0])))

@@ -94,7 +94,6 @@ class CorrectedKernel(StochasticGradientKernel):
                 "the model draws random numbers of its own (dropout?), so that its energy is not a function of the "
                 "position, and a Metropolis test has nothing to test: switch them off, or use SGHMC."
             )
-
         if (self.adapts_step_size or self.adapts_mass) and not self._running.warmup_steps:
             raise ValueError("step_size='auto' and mass='auto' are found in warm-up: give warmup_steps, some hundreds.")
 
@@ -137,7 +136,7 @@ class CorrectedKernel(StochasticGradientKernel):
         return self.num_steps * self.steps_per_sample
 
     def is_settling(self, step: int) -> bool:
-        """Whether ``step`` lies in the first half of warm-up, where every finite proposal is taken.
+        """Whether ``step`` lies in the first half of warm-up, where all but the wildest proposals are taken.
 
         Far from the posterior the test would refuse nearly all of them, and a chain would stand still.
         """

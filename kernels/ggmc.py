@@ -60,7 +60,7 @@ class Coefficients(NamedTuple):
     inverse_temperature: Tensor  # 1 / T
     is_first: Tensor  # 1 in the first step of a proposal, else 0
     is_last: Tensor  # 1 in the last, else 0
-    is_settling: Tensor  # 1 where every finite proposal is taken, else 0
+    is_settling: Tensor  # 1 where all but the wildest proposals are taken, else 0
 
 
 def init(position: Tensor, momentum: Tensor, energy: Tensor, grad: Tensor, num_steps: int) -> GGMCState:

@@ -265,6 +265,8 @@ def _attributes(posterior: Any, thin: int) -> dict[str, Any]:
     if hasattr(kernel, "temperature"):
         number = isinstance(kernel.temperature, (int, float))
         attrs["temperature"] = float(kernel.temperature) if number else str(kernel.temperature)
+    if getattr(kernel, "warmup_report", None):
+        attrs["warmup_chose"] = kernel.warmup_report
     if isinstance(getattr(posterior, "warmup_steps", None), int):
         attrs["tuning_steps"] = posterior.warmup_steps
     if thin > 1:

@@ -132,6 +132,10 @@ class Potential:
         (inputs,) = self._streams[chains].next(1)
         return self._gradient([position.detach().to(self.dtype).contiguous(), *inputs], self.compile)
 
+    def gradient_on(self, position: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """The gradient ``(chains, dim)`` on given minibatches of a :meth:`stream`; not compiled, for a few calls."""
+        return self._gradient([position.detach().to(self.dtype).contiguous(), *inputs], "fx")[1]
+
     def _gradient(self, tensors: list[Tensor], compile: str) -> tuple[Tensor, Tensor]:
         key = ("gradient", compile == "inductor", *(tuple(t.shape) for t in tensors))
         if key not in self._programs:

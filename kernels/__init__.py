@@ -10,6 +10,11 @@ from bnn.kernels.masde import MaSDE as MaSDE
 from bnn.kernels.mcmc import MCMC as MCMC
 from bnn.kernels.norm_adjusted import NormAdjustedSGHMC as NormAdjustedSGHMC
 from bnn.kernels.norm_adjusted import implied_temperature as implied_temperature
+from bnn.kernels.preconditioners import DrawCovariance as DrawCovariance
+from bnn.kernels.preconditioners import DrawVariances as DrawVariances
+from bnn.kernels.preconditioners import LayerWise as LayerWise
+from bnn.kernels.preconditioners import Preconditioner as Preconditioner
+from bnn.kernels.preconditioners import RMSprop as RMSprop
 from bnn.kernels.schedules import Constant as Constant
 from bnn.kernels.schedules import CosineCycles as CosineCycles
 from bnn.kernels.schedules import PolynomialDecay as PolynomialDecay

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
@@ -17,16 +17,21 @@ from torch import Tensor
 from bnn.initialization import Strategy, strategy_of
 from bnn.kernels._coordinates import Number, spread
 from bnn.kernels._run import EnergyAndGrad, Evaluation, Run
+from bnn.kernels._warmup import LEAST, StepRule, Warmup
+from bnn.kernels.preconditioners import Preconditioner
 from bnn.kernels.schedules import Schedule, check_setting, value_at
 from bnn.potential import Potential
 from bnn.tiers import check_tier
+
+# Where step_size="auto" starts before anything is known.
+FIRST_STEP = 0.1
 
 
 class StochasticGradientKernel(MCMCKernel):
     """Base of the kernels: runs under ``pyro.infer.MCMC`` and, many chains at once, under ``bnn.kernels.MCMC``.
 
     :param model: a Pyro model.
-    :param step_size: time step h of the kernel's stochastic differential equation.
+    :param step_size: time step h of the kernel's stochastic differential equation; ``"auto"`` finds it in warm-up.
     :param temperature: T of the target exp(−U/T); 1 is the posterior.
     :param steps_per_sample: steps of the kernel per draw that the runner sees.
     :param batches: an iterable of argument tuples (a ``DataLoader``) in place of the arguments of ``run``.
@@ -40,12 +45,13 @@ class StochasticGradientKernel(MCMCKernel):
     noises_per_step = 1
     metropolised = False
     evaluates_at_draws = True  # whether the last gradient of a step is met at a place with the law of the draws
+    metric: Preconditioner | None = None  # how the metric is learnt in warm-up, if it is
 
     def __init__(
         self,
         model: Callable[..., Any],
         *,
-        step_size: float | Schedule,
+        step_size: float | Schedule | Literal["auto"],
         temperature: float | Schedule = 1.0,
         steps_per_sample: int = 1,
         batches: Iterable[Any] | None = None,
@@ -55,6 +61,11 @@ class StochasticGradientKernel(MCMCKernel):
     ) -> None:
         if not callable(model):
             raise ValueError(f"model is {type(model).__name__}; give a Pyro model, a callable.")
+        self.adapts_step_size = isinstance(step_size, str) and step_size == "auto"
+        if isinstance(step_size, str) and self.adapts_step_size:
+            if type(self).step_rule is StochasticGradientKernel.step_rule:
+                raise ValueError(f"{type(self).__name__} knows no rule for step_size='auto': give a number.")
+            step_size = FIRST_STEP
         check_setting("step_size", step_size, strict=not isinstance(step_size, Schedule))
         check_setting("temperature", temperature)
         if not isinstance(steps_per_sample, int) or isinstance(steps_per_sample, bool) or steps_per_sample < 1:
@@ -70,6 +81,7 @@ class StochasticGradientKernel(MCMCKernel):
         self.num_samples: int | None = None  # set by a runner that knows it: decides whether compiling pays
         self._initial_params: Mapping[str, Tensor] | None = None
         self._run: Run | None = None
+        self._warmup: Warmup | None = None
 
     # ---- what an algorithm supplies
 
@@ -96,7 +108,17 @@ class StochasticGradientKernel(MCMCKernel):
 
     def settings(self) -> dict[str, float | Schedule]:
         """The settings that may follow a schedule."""
-        return {"step_size": self.step_size, "temperature": self.temperature}
+        step_size = self.step_size_at(0) if self.adapts_step_size else self.step_size
+        return {"step_size": step_size, "temperature": self.temperature}
+
+    def step_rule(self) -> StepRule:
+        """How ``step_size="auto"`` finds it; an algorithm that has a rule overrides this."""
+        raise NotImplementedError
+
+    def step_size_at(self, step: int) -> float:
+        """H at ``step``: by the schedule, or as warm-up has found it so far."""
+        rule = None if self._warmup is None else self._warmup.step_rule
+        return value_at(self.step_size, step) if rule is None else rule.step_size
 
     def phase(self, step: int) -> Hashable:
         """Steps of one phase have the same coefficients; None where that is not known."""
@@ -118,6 +140,13 @@ class StochasticGradientKernel(MCMCKernel):
         :param draws: all draws, of warm-up too; None where the runner does not say.
         :raises ValueError: saying what to change.
         """
+        del draws
+        least = LEAST if self.metric is not None or self.adapts_step_size else 0
+        if self._running.warmup_steps < least:
+            raise ValueError(
+                "step sizes and metrics ('auto', 'dense', ...) are found in warm-up: give warmup_steps, some hundreds "
+                f"(it is {self._running.warmup_steps}; at least {least})."
+            )
 
     def is_constant(self) -> bool:
         """Whether :meth:`coefficients` are the same at every step."""
@@ -135,7 +164,8 @@ class StochasticGradientKernel(MCMCKernel):
 
     def adapt(self, stats: Tensor) -> None:
         """Learn from a draw of warm-up, given its statistics ``(chains, names)``."""
-        del stats
+        if self._warmup is not None:
+            self._warmup(self._running, stats)
 
     def take(self, run: Run) -> Tensor:
         """The steps to the next draw; statistics ``(chains, names)`` of the last."""
@@ -180,12 +210,20 @@ class StochasticGradientKernel(MCMCKernel):
                 raise ValueError(f"initial_params are for {len(position)} chains, but there are {chains}.")
         self._initial_params = None
         self.transforms = {n: s.transform.inv for n, s in potential.sites.items() if s.transform is not None}
-        (inputs,) = run.stream.next(1)
+        learner = None if self.metric is None else self.metric.learner(potential.sites, position[0])
+        if learner is not None:
+            run.metric = learner.start()
+        self._warmup = None
+        if self.adapts_step_size or learner is not None:
+            self._warmup = Warmup(warmup_steps, self.step_rule() if self.adapts_step_size else None, learner)
         run.constant = self.is_constant()
         run.numbers_at(0)
-        run.state = self.init(position, lambda z: potential.traced_energy_and_grad(z, inputs))
+        inputs = run.place(position)
         draws = self.num_samples if self.num_samples is not None else warmup_steps
         self.check_plan(None if self.num_samples is None else warmup_steps + draws)
+        if self._warmup is not None and self._warmup.step_rule is not None:
+            self._warmup.step_rule.start(run)
+            run.forget_numbers()
         run.planned_steps = self.planned_steps(warmup_steps + draws)
         run.prepare(inputs)
 
@@ -225,6 +263,12 @@ class StochasticGradientKernel(MCMCKernel):
             shown["temperature"] = f"{stats[name]:.2f}"
         return shown
 
+    @property
+    def warmup_report(self) -> str | None:
+        """What the last warm-up chose for a step size, and what is expected of it; None where it was given."""
+        rule = None if self._warmup is None else self._warmup.step_rule
+        return None if rule is None else rule.report()
+
     def diagnostics(self) -> dict[str, Any]:
         """Of the draws after warm-up (one chain): diverging draws, asked and measured temperature."""
         return self.chain_diagnostics()[0]
@@ -242,7 +286,7 @@ class StochasticGradientKernel(MCMCKernel):
     @property
     def position(self) -> Tensor:
         """Where the chains stand, ``(chains, dim)``, unconstrained."""
-        return self._running.state[0]
+        return self._running.position
 
     @property
     def any_stopped(self) -> bool:
@@ -278,7 +322,8 @@ class StochasticGradientKernel(MCMCKernel):
 
     def chain_diagnostics(self) -> list[dict[str, Any]]:
         """Pyro's diagnostics of each chain, from the draws after warm-up."""
-        return self._running.chain_diagnostics()
+        found = {} if self.warmup_report is None else {"warm-up chose": self.warmup_report}
+        return [{**entry, **found} for entry in self._running.chain_diagnostics()]
 
     def sample_stats(self) -> dict[str, Tensor]:
         """Statistics of the draws after warm-up: name -> ``(chains, draws)``."""
@@ -299,12 +344,10 @@ class StochasticGradientKernel(MCMCKernel):
     def _adopt(self, params: Mapping[str, Tensor]) -> None:
         """Continue from values that did not come from this kernel."""
         run = self._running
-        given = dict(params) if self.num_chains is not None else {n: v.unsqueeze(0) for n, v in params.items()}
-        current = run.potential.unflatten(self.position)
-        if all(given[n].data_ptr() == current[n].data_ptr() for n in current if n in given) and len(given) == len(
-            current
+        current = self.initial_params
+        if len(params) == len(current) and all(
+            name in params and params[name].data_ptr() == value.data_ptr() for name, value in current.items()
         ):
             return
-        position = run.potential.check_start(run.potential.flatten(given))
-        (inputs,) = run.stream.next(1)
-        run.state = self.init(position, lambda z: run.potential.traced_energy_and_grad(z, inputs))
+        given = dict(params) if self.num_chains is not None else {n: v.unsqueeze(0) for n, v in params.items()}
+        run.place(run.potential.check_start(run.potential.flatten(given)))

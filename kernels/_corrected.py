@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.kernels._base import StochasticGradientKernel
-from bnn.kernels._coordinates import Number
-from bnn.kernels._warmup import Warmup
-from bnn.kernels.schedules import Schedule, check_setting, value_at
-
-# Where step_size="auto" starts: it comes down from there within some tens of draws.
-FIRST_STEP = 0.1
+from bnn.kernels._momentum import MomentumKernel
+from bnn.kernels._warmup import StepRule, TargetAcceptance
+from bnn.kernels.preconditioners import Preconditioner
+from bnn.kernels.schedules import Schedule, check_setting
 
 # A proposal whose energy rises by more than this many T is refused even in warm-up.
 LARGEST_EXCESS = 1000.0
 
 
-class CorrectedKernel(StochasticGradientKernel):
+class CorrectedKernel(MomentumKernel):
     """Proposals of ``num_steps`` steps each, accepted or refused by the energy of all data.
 
     In the first half of warm-up nearly all are accepted, as by the uncorrected kernel, unless the step size is found
@@ -42,24 +38,23 @@ class CorrectedKernel(StochasticGradientKernel):
     """
 
     metropolised = True
+    friction_may_be_none = True
 
     def __init__(
         self,
         model: Callable[..., Any],
         *,
-        step_size: float | Literal["auto"],
+        step_size: float | Literal["auto"] = "auto",
         friction: float | None,
-        num_steps: int,
+        num_steps: int = 1,
         temperature: float = 1.0,
-        mass: float | Mapping[str, Any] | Tensor | Literal["auto"] = 1.0,
+        mass: float | Mapping[str, Any] | Tensor | Literal["auto", "dense"] | Preconditioner = 1.0,
         target_acceptance: float = 0.8,
         **options: Any,
     ) -> None:
-        self.adapts_step_size, self.adapts_mass = _is_auto("step_size", step_size), _is_auto("mass", mass)
         if not 0.0 < target_acceptance < 1.0:
             raise ValueError(f"target_acceptance is {target_acceptance}; give a probability between 0 and 1.")
-        step_size = FIRST_STEP if isinstance(step_size, str) else step_size
-        for name, value in {"step_size": step_size, "temperature": temperature}.items():
+        for name, value in {"step_size": step_size, "temperature": temperature, "friction": friction}.items():
             if isinstance(value, Schedule):
                 raise ValueError(f"{name} is a Schedule; a Metropolis test needs the same number at every step.")
         check_setting("temperature", temperature, strict=True)
@@ -70,21 +65,10 @@ class CorrectedKernel(StochasticGradientKernel):
             )
         if not options.setdefault("replacement", True):
             raise ValueError("replacement=False: a Metropolis test needs minibatches that are drawn independently.")
-        super().__init__(model, step_size=step_size, temperature=temperature, **options)
-        if friction is not None:
-            check_setting("friction", friction)
-            if isinstance(friction, Schedule):
-                raise ValueError("friction is a Schedule; a Metropolis test needs the same number at every step.")
+        super().__init__(model, step_size=step_size, friction=friction, mass=mass, temperature=temperature, **options)
         if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
             raise ValueError(f"num_steps is {num_steps!r}; give a whole number of at least 1.")
-        self.friction, self.num_steps, self.mass = friction, num_steps, 1.0 if isinstance(mass, str) else mass
-        self.target_acceptance = target_acceptance
-        self._warmup: Warmup | None = None
-
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """As for every kernel; what an earlier run's warm-up found is forgotten."""
-        self._warmup = None
-        super().setup(warmup_steps, *args, **kwargs)
+        self.num_steps, self.target_acceptance = num_steps, target_acceptance
 
     def check_plan(self, draws: int | None) -> None:
         """:raises ValueError: for a model whose energy is random."""
@@ -94,41 +78,10 @@ class CorrectedKernel(StochasticGradientKernel):
                 "the model draws random numbers of its own (dropout?), so that its energy is not a function of the "
                 "position, and a Metropolis test has nothing to test: switch them off, or use SGHMC."
             )
-        if (self.adapts_step_size or self.adapts_mass) and not self._running.warmup_steps:
-            raise ValueError("step_size='auto' and mass='auto' are found in warm-up: give warmup_steps, some hundreds.")
 
-    def adapt(self, stats: Tensor) -> None:
-        """Learn from a draw of warm-up; momenta keep their law N(0, T M) when the masses change."""
-        run = self._running
-        if not (self.adapts_step_size or self.adapts_mass):
-            return
-        if run.draws == 1 or self._warmup is None:
-            self._warmup = Warmup(
-                run.warmup_steps, value_at(self.step_size, 0), self.adapts_step_size, self.adapts_mass,
-                self.target_acceptance,
-            )  # fmt: skip
-        old = self._mass()
-        rate = float(stats[:, run.stat_names.index("acceptance_rate")].mean())
-        if self._warmup(rate, run.state[0]):
-            run.forget_numbers()
-            change = torch.as_tensor(np.sqrt(self._mass() / old)).to(run.state.momentum)
-            run.state = run.state._replace(momentum=run.state.momentum * change)
-
-    @property
-    def step(self) -> float:
-        """h, as it stands."""
-        return value_at(self.step_size, 0) if self._warmup is None else self._warmup.step_size
-
-    def friction_of(self, mass: Number) -> Number:
-        """C, 0 where the momentum is drawn afresh."""
-        if self.friction is None:
-            return 0.0
-        return self.friction * mass if self.adapts_mass else self.friction
-
-    def settings(self) -> dict[str, float | Schedule]:
-        """The settings of a step, for ``sample_stats``."""
-        own = {} if self.friction is None else {"friction": self.friction}
-        return {**super().settings(), **own, "step_size": self.step}
+    def step_rule(self) -> StepRule:
+        """The step size of mean acceptance ``target_acceptance``."""
+        return TargetAcceptance(self.step_size_at(0), self.target_acceptance)
 
     def steps_to_draw(self, step: int) -> int:
         """All steps of ``steps_per_sample`` proposals."""
@@ -157,24 +110,6 @@ class CorrectedKernel(StochasticGradientKernel):
     def extra_stats(self, state: Any) -> dict[str, Tensor]:
         """Acceptance probability of the last proposal."""
         return {"acceptance_rate": state.acceptance.squeeze(-1)}
-
-    def fresh_momentum(self, like: Tensor) -> Tensor:
-        """A draw from N(0, T M)."""
-        scale = torch.as_tensor(np.sqrt(self._mass() * value_at(self.temperature, 0))).to(like)
-        return torch.randn_like(like) * scale
-
-    def _mass(self) -> Number:
-        found = None if self._warmup is None else self._warmup.mass
-        if found is not None:
-            return found
-        given = self.per_coordinate("mass", self.mass)
-        return given * np.ones(self.potential.dim) if self.adapts_mass else given  # recorded in its final shape
-
-
-def _is_auto(name: str, value: Any) -> bool:
-    if isinstance(value, str) and value != "auto":
-        raise ValueError(f"{name} is {value!r}; give a number, or 'auto'.")
-    return isinstance(value, str)
 
 
 def acceptance(excess: Tensor) -> Tensor:

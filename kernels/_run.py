@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bnn.kernels._coordinates import Number
+from bnn.kernels._metric import Identity, Metric
 from bnn.kernels.schedules import Schedule, value_at
 from bnn.potential import Potential
 from bnn.tiers import Program
@@ -36,10 +37,12 @@ class Evaluation(NamedTuple):
 class Algorithm(Protocol):
     """What a run asks of the kernel that it belongs to."""
 
-    step_size: float | Schedule
     temperature: float | Schedule
     noises_per_step: int
     evaluates_at_draws: bool
+
+    def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> tuple[Tensor, ...]:
+        """The state at a starting position."""
 
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """Numbers of the update."""
@@ -81,6 +84,7 @@ class Run:
         self.kernel = kernel
         self.potential, self.chains, self.warmup_steps = potential, chains, warmup_steps
         self.stream = potential.stream(chains)
+        self.metric: Metric = Identity()
         self.state: Any = None
         self.params: dict[str, Tensor] | None = None
         self.constant = True
@@ -97,21 +101,65 @@ class Run:
         self.stopped = torch.zeros(chains, dtype=torch.bool, device=potential.device)
         self.any_stopped = False
         self.stopped_at: list[int | None] = [None] * chains
+        self._stat_names: list[str] | None = None
         self._table: Tensor | None = None
         self._draw_steps: list[int] = []
         self._rows = 0
+
+    # ---- the chains' coordinates, and the model's
+
+    @property
+    def position(self) -> Tensor:
+        """Where the chains stand in the model's coordinates, ``(chains, dim)``."""
+        return self.metric.forward(self.state[0], self.metric.tensors)
+
+    def place(self, position: Tensor) -> list[Tensor]:
+        """Start the chains at a position of the model's coordinates; the minibatches that were used."""
+        (inputs,) = self.stream.next(1)
+        tensors = self.metric.tensors
+        self.state = self.kernel.init(
+            self.metric.inverse(position), lambda u: self._energy_and_grad(u, inputs, tensors)
+        )
+        return inputs
+
+    def change_metric(self, metric: Metric) -> None:
+        """Go on in other coordinates from where the chains stand: momenta have the same law in all of them."""
+        position, old = self.position, self.state
+        self.metric = metric
+        self.place(position)
+        kept = {name: getattr(old, name) for name in ("momentum", "thermostat") if hasattr(old, name)}
+        self.state = self.state._replace(**kept)
+
+    def gradient(self, position: Tensor | None = None, inputs: Sequence[Tensor] | None = None) -> Tensor:
+        """∇Û in the model's coordinates: at ``position`` or where the chains stand, on given minibatches or others."""
+        inputs = self.stream.next(1)[0] if inputs is None else inputs
+        return self.potential.gradient_on(self.position if position is None else position, inputs)
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether two gradients at one place differ: minibatches, or random numbers of the model's own."""
+        return bool(self.potential.plates) or self.potential.batches is not None or self.potential.is_random
+
+    def full_energy(self, u: Tensor) -> Tensor:
+        """Energy of all data at a position of the chains' coordinates, ``(chains,)``."""
+        return self.potential.full_energy(self.metric.forward(u, self.metric.tensors))
+
+    def _energy_and_grad(self, u: Tensor, inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        energy, grad = self.potential.traced_energy_and_grad(self.metric.forward(u, tensors), inputs)
+        return energy, self.metric.pull_back(grad, tensors)
 
     # ---- statistics
 
     @property
     def stat_names(self) -> list[str]:
         """Names of the columns of :meth:`advance`'s statistics."""
-        names = ["energy", "gradient_norm", "squared_norm"]
-        if self.kernel.evaluates_at_draws:
-            names.append("configurational_temperature")
-        if self.kernel.momentum_of(self.state, self.numbers_at(self.step)) is not None:
-            names += ["kinetic_temperature", "momentum_squared_norm", "position_momentum"]
-        return [*names, *self.kernel.extra_stats(self.state)]
+        if self._stat_names is None:
+            names = ["energy", "gradient_norm"]
+            if self.kernel.evaluates_at_draws:
+                names.append("configurational_temperature")
+            known = self._of_state(self.state, self.numbers_at(self.step), self.metric.tensors)
+            self._stat_names = [*names, *known]
+        return self._stat_names
 
     def record(self, stats: Tensor) -> None:
         """Append one draw's statistics."""
@@ -209,7 +257,7 @@ class Run:
             numbers: Sequence[Tensor] = self.numbers_at(0)
         else:
             numbers = [c for s in range(steps) for c in self.numbers_at(self.step + s)]
-        outputs = program(*self.state, *noise, *batches, *numbers)
+        outputs = program(*self.state, *noise, *batches, *numbers, *self.metric.tensors)
         fields = len(self.state)
         self.state = type(self.state)(*outputs[:fields])
         self.step += steps
@@ -228,11 +276,12 @@ class Run:
     def _build(self, steps: int, observed: bool, inputs: Sequence[Tensor], calls: int) -> Program:
         fields, count = type(self.state), len(self.state)
         noises, num_inputs = self.kernel.noises_per_step, len(inputs) // steps
-        coefficients = len(self.numbers_at(0))
+        coefficients, maps = len(self.numbers_at(0)), len(self.metric.tensors)
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
             state: Any = fields(*tensors[:count])
-            rest = tensors[count:]
+            end = len(tensors) - maps
+            rest, metric = tensors[count:end], tensors[end:]
             noise, rest = rest[: steps * noises], rest[steps * noises :]
             batches, rest = rest[: steps * num_inputs], rest[steps * num_inputs :]
             for step in range(steps):
@@ -240,16 +289,17 @@ class Run:
                 numbers = rest if self.constant else rest[step * coefficients : (step + 1) * coefficients]
                 state, evaluation = self.kernel.update(
                     state,
-                    lambda z, batch=batch: self.potential.traced_energy_and_grad(z, batch),  # type: ignore[misc]
+                    lambda u, batch=batch: self._energy_and_grad(u, batch, metric),  # type: ignore[misc]
                     noise[step * noises : (step + 1) * noises],
                     numbers,
                 )
-            return (*state, self._stats(state, evaluation, numbers)) if observed else tuple(state)
+            return (*state, self._stats(state, evaluation, numbers, metric)) if observed else tuple(state)
 
         noise = torch.zeros(steps * noises, self.chains, self.potential.dim, dtype=self.potential.dtype)
         noise = noise.to(self.potential.device)
         self.noise[steps] = (noise, noise.unbind(0))
         numbers = [c for s in range(1 if self.constant else steps) for c in self.numbers_at(s)]
+        numbers += self.metric.tensors
         example = [*self.state, *noise.unbind(0), *inputs, *numbers]
         per_chain = [True] * (len(example) - len(numbers)) + [False] * len(numbers)
         return self.potential.program(function, example, per_chain, calls)
@@ -280,39 +330,35 @@ class Run:
         rows = torch.tensor(values, dtype=dtype, device=device).unbind(0)
         return {start + number: row.unbind(0) for number, row in enumerate(rows)}
 
-    def _stats(self, state: Any, evaluation: Evaluation, coefficients: Sequence[Tensor]) -> Tensor:
+    def _stats(
+        self, state: Any, evaluation: Evaluation, coefficients: Sequence[Tensor], metric: Sequence[Tensor]
+    ) -> Tensor:
         position, energy, grad = evaluation
-        dim = position.shape[-1]
-        rows = [
-            energy,
-            torch.linalg.vector_norm(grad, dim=-1),
-            torch.linalg.vector_norm(state[0], dim=-1).square(),
-        ]
+        rows = [energy, torch.linalg.vector_norm(grad, dim=-1)]
         if self.kernel.evaluates_at_draws:
-            rows.append((position * grad).sum(-1) / dim)
+            rows.append((position * grad).mean(-1))
+        return torch.stack([*rows, *self._of_state(state, coefficients, metric).values()], -1)
+
+    def _of_state(self, state: Any, coefficients: Sequence[Tensor], metric: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What is said of a state, name -> ``(chains,)``."""
+        position = self.metric.forward(state[0], metric)
+        columns = {"squared_norm": torch.linalg.vector_norm(position, dim=-1).square()}
         moving = self.kernel.momentum_of(state, coefficients)
         if moving is not None:
             momentum, inverse_mass = moving
             norm = torch.linalg.vector_norm(momentum, dim=-1).square()
             kinetic = norm * inverse_mass if inverse_mass.dim() == 0 else (momentum.square() * inverse_mass).sum(-1)
-            rows += [kinetic / dim, norm, (state[0] * momentum).sum(-1)]
-        rows += self.kernel.extra_stats(state).values()
-        return torch.stack(rows, -1)
+            columns["kinetic_temperature"] = kinetic / momentum.shape[-1]
+            columns["momentum_squared_norm"] = norm
+            columns["position_momentum"] = (state[0] * momentum).sum(-1)
+        return {**columns, **self.kernel.extra_stats(state)}
 
     def with_state(self, stats: Tensor) -> Tensor:
         """``stats`` with what is said of the present state said anew."""
         columns = dict(zip(self.stat_names, stats.unbind(-1), strict=True))
-        position, state = self.state[0], self.state
-        columns["squared_norm"] = torch.linalg.vector_norm(position, dim=-1).square()
-        moving = self.kernel.momentum_of(state, self.numbers_at(0))
-        if moving is not None:
-            momentum, inverse_mass = moving
-            columns["kinetic_temperature"] = (momentum.square() * inverse_mass).mean(-1)
-            columns["momentum_squared_norm"] = torch.linalg.vector_norm(momentum, dim=-1).square()
-            columns["position_momentum"] = (position * momentum).sum(-1)
-        if hasattr(state, "energy"):
-            columns["energy"] = state.energy.squeeze(-1)
-        columns.update(self.kernel.extra_stats(state))
+        columns.update(self._of_state(self.state, self.numbers_at(self.step), self.metric.tensors))
+        if hasattr(self.state, "energy"):
+            columns["energy"] = self.state.energy.squeeze(-1)
         return torch.stack(list(columns.values()), -1)
 
     # ---- chains that leave the finite numbers
@@ -332,7 +378,7 @@ class Run:
         for chain in (bad & ~self.stopped).nonzero().flatten().tolist():
             self.stopped_at[chain] = self.draws
             site = self._site_of(chain)
-            step_size = value_at(self.kernel.step_size, max(self.step - 1, 0))
+            step_size = value_at(self.kernel.settings()["step_size"], max(self.step - 1, 0))
             kept = max(self.draws - self.warmup_steps, 0)
             warnings.warn(
                 f"chain {chain} left the finite numbers by step {self.step} at {site}, and was stopped. Its "

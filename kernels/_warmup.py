@@ -1,27 +1,29 @@
-"""What corrected kernels find out in warm-up and keep after it: a step size, and the mass of each coordinate.
+"""What a kernel finds out in warm-up and keeps after it: a step size, and the metric of its coordinates.
 
-Dual averaging moves log h until the mean acceptance is the one asked for (Hoffman and Gelman 2014, "The No-U-Turn
-sampler", JMLR 15, section 3.2). Masses are inverse variances of the positions in windows that double, as in Stan: the
-first 75 draws and the last 50 are for the step size alone. All chains of a run share both.
+Metrics are learnt in windows that double, as in Stan: the first 75 draws and the last 50 are for the step size alone.
+All chains of a run share both.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
-import numpy as np
 from pyro.ops.dual_averaging import DualAveraging
-from pyro.ops.welford import WelfordCovariance
 from torch import Tensor
 
-from bnn.kernels._coordinates import Number
+if TYPE_CHECKING:
+    from bnn.kernels._metric import Metric
+    from bnn.kernels._run import Run
+    from bnn.kernels.preconditioners import Learner
 
 # Draws at the start, in the first window and at the end of a warm-up that is long enough; and the least of one at all.
 START, WINDOW, END, LEAST = 75, 25, 50, 20
 
 
 def window_ends(draws: int) -> list[int]:
-    """The draws of warm-up, counted from 1, after which masses are set anew.
+    """The draws of warm-up, counted from 1, after which the metric is set anew.
 
     >>> window_ends(1000)
     [100, 150, 250, 450, 950]
@@ -40,51 +42,95 @@ def window_ends(draws: int) -> list[int]:
     return ends
 
 
+class StepRule(ABC):
+    """How a step size is found.
+
+    :ivar step_size: the one to use now.
+    """
+
+    step_size: float
+
+    def start(self, run: Run) -> None:
+        """Look at where the chains start."""
+        del run
+
+    @abstractmethod
+    def observe(self, run: Run, stats: Tensor, draw: int, draws: int) -> None:
+        """Learn from a draw of warm-up, the ``draw``-th of ``draws``, counted from 1."""
+
+    @abstractmethod
+    def restart(self, run: Run) -> None:
+        """Begin again, since the metric has changed."""
+
+    @abstractmethod
+    def report(self) -> str:
+        """What was chosen, and what is expected of it."""
+
+
+class TargetAcceptance(StepRule):
+    """Dual averaging of log h towards a mean acceptance (Hoffman and Gelman 2014, "The No-U-Turn sampler", JMLR 15).
+
+    :param step_size: where it starts.
+    :param target: the mean acceptance asked for.
+    """
+
+    def __init__(self, step_size: float, target: float) -> None:
+        self.step_size, self.target = step_size, target
+        self._averaging = DualAveraging(prox_center=math.log(10.0 * step_size))
+
+    def observe(self, run: Run, stats: Tensor, draw: int, draws: int) -> None:
+        """Learn from a draw's mean acceptance."""
+        rate = float(stats[:, run.stat_names.index("acceptance_rate")].mean())
+        self._averaging.step(self.target - rate)
+        newest, average = self._averaging.get_state()
+        self.step_size = math.exp(average if draw == draws else newest)
+
+    def restart(self, run: Run) -> None:
+        """Begin again from the present step size."""
+        del run
+        self._averaging.prox_center = math.log(10.0 * self.step_size)
+        self._averaging.reset()
+
+    def report(self) -> str:
+        """The step size and the acceptance that it was chosen for."""
+        return f"step_size {self.step_size:.3g}, for a mean acceptance of {self.target:.2g}"
+
+
 class Warmup:
     """The state of one warm-up.
 
     :param draws: how many draws it has.
-    :param step_size: where the step size starts.
-    :param adapts_step_size: whether it is found here.
-    :param adapts_mass: whether masses are found here.
-    :param target: the mean acceptance asked for.
-    :ivar step_size: the step size to use.
-    :ivar mass: the mass of each coordinate to use, None before the first window is over.
+    :param step_rule: what finds the step size, None for a given one.
+    :param learner: what learns the metric, None for a given one.
+    :ivar metric: the last metric that was learnt.
     """
 
-    def __init__(self, draws: int, step_size: float, adapts_step_size: bool, adapts_mass: bool, target: float) -> None:
-        self.draws, self.step_size, self.target = draws, step_size, target
-        self.adapts_step_size = adapts_step_size
-        self.mass: Number | None = None
-        self._ends = window_ends(draws) if adapts_mass else []
+    def __init__(self, draws: int, step_rule: StepRule | None, learner: Learner | None) -> None:
+        self.draws, self.step_rule, self.learner = draws, step_rule, learner
+        self._ends = window_ends(draws) if learner is not None else []
         self._first = 0 if START + WINDOW + END > draws else START
-        self._averaging = DualAveraging(prox_center=math.log(10.0 * step_size))
-        self._welford = WelfordCovariance(diagonal=True)
         self._draw = 0
+        self.metric: Metric | None = None
 
-    def __call__(self, acceptance: float, position: Tensor) -> bool:
-        """Learn from one draw of all chains; whether something changed.
+    def __call__(self, run: Run, stats: Tensor) -> None:
+        """Learn from one draw of all chains, but those that were stopped.
 
-        :param acceptance: mean acceptance probability.
-        :param position: ``(chains, dim)``.
+        :param stats: its statistics ``(chains, names)``.
         """
         if self._draw >= self.draws:
-            return False
+            return
         self._draw += 1
-        changed = self.adapts_step_size
-        if self.adapts_step_size:
-            self._averaging.step(self.target - acceptance)
-            newest, average = self._averaging.get_state()
-            self.step_size = math.exp(average if self._draw == self.draws else newest)
-        if self._ends and self._draw > self._first:
-            for one in position.double().cpu():
-                self._welford.update(one)
-            if self._draw == self._ends[0]:
-                self._ends.pop(0)
-                self.mass = 1.0 / np.asarray(self._welford.get_covariance())
-                self._welford.reset()
-                if self.adapts_step_size:
-                    self._averaging.prox_center = math.log(10.0 * self.step_size)
-                    self._averaging.reset()
-                changed = True
-        return changed
+        moving = ~run.stopped
+        if self.step_rule is not None:
+            self.step_rule.observe(run, stats[moving], self._draw, self.draws)
+            run.forget_numbers()
+        if self.learner is None or not self._ends or self._draw <= self._first:
+            return
+        self.learner.observe(run.position[moving], run.gradient()[moving] if self.learner.needs_gradient else None)
+        if self._draw == self._ends[0]:
+            self._ends.pop(0)
+            self.metric = self.learner.estimate()
+            run.change_metric(self.metric)
+            if self.step_rule is not None:
+                self.step_rule.restart(run)
+                run.forget_numbers()

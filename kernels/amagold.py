@@ -21,8 +21,8 @@ Cost: one minibatch gradient a step, and one energy of all data per proposal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,8 +95,8 @@ class AMAGOLD(CorrectedKernel):
     :param friction: C, per unit of velocity; None draws the momentum afresh for every proposal.
     :param num_steps: L, minibatch steps per proposal.
     :param temperature: T > 0; 1 samples the posterior.
-    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values; ``"auto"`` takes the inverse
-        variances of the draws of warm-up, and then ``friction`` is a rate, C/M.
+    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values; or how it is learnt in warm-up:
+        ``"auto"``, ``"dense"`` or a :class:`~bnn.kernels.Preconditioner`, and then ``friction`` is a rate, C/M.
     :param options: ``steps_per_sample`` (proposals per draw), ``compile`` and ``init_strategy``; see
         :class:`~bnn.kernels._base.StochasticGradientKernel`.
     :raises ValueError: for settings out of range, ``batches=``, or a model whose energy is random.
@@ -115,43 +115,25 @@ class AMAGOLD(CorrectedKernel):
     True
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        *,
-        step_size: float | Literal["auto"] = "auto",
-        friction: float | None,
-        num_steps: int = 10,
-        temperature: float = 1.0,
-        mass: float | Mapping[str, Any] | Tensor | Literal["auto"] = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            model, step_size=step_size, friction=friction, num_steps=num_steps, temperature=temperature, mass=mass,
-            **options,
-        )  # fmt: skip
-
     evaluates_at_draws = False  # but half a step before one that the test may still refuse
 
-    def is_constant(self) -> bool:
-        """All steps are alike, since the test is not part of the recorded step, unless warm-up changes them."""
-        return not (self.adapts_step_size or self.adapts_mass)
+    def __init__(self, model: Callable[..., Any], *, num_steps: int = 10, **settings: Any) -> None:
+        super().__init__(model, num_steps=num_steps, **settings)
 
-    def phase(self, step: int) -> Hashable:
-        """One for all, until :meth:`adapt` forgets it."""
-        del step
-        return 0
+    def is_constant(self) -> bool:
+        """All steps are alike, since the test is not part of the recorded step."""
+        return True
 
     def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> AMAGOLDState:
         """Momentum drawn from N(0, T M), and the energy of all data."""
         del energy_and_grad
-        return init(position, self.fresh_momentum(position), self.potential.full_energy(position))
+        return init(position, self.fresh_momentum(position), self._running.full_energy(position))
 
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """The numbers of :class:`Coefficients`."""
         del step
-        h, temperature, mass = self.step, value_at(self.temperature, 0), self._mass()
-        x = 0.5 * h * self.friction_of(mass) / mass
+        h, temperature, mass = self.step_size_at(0), value_at(self.temperature, 0), self._mass()
+        x = 0.5 * h * (self.friction or 0.0) / mass
         noise_scale = np.sqrt(4.0 * x * temperature * mass) / (1.0 + x)
         return 0.5 * h / mass, (1.0 - x) / (1.0 + x), h / (1.0 + x), noise_scale, 1.0 / mass
 
@@ -169,7 +151,7 @@ class AMAGOLD(CorrectedKernel):
                 run.state = run.state._replace(momentum=self.fresh_momentum(run.state.position))
             before, known = run.state, stats
             stats = run.take_steps(self.num_steps)
-            energy = self.potential.full_energy(run.state.position).unsqueeze(-1)
+            energy = run.full_energy(run.state.position).unsqueeze(-1)
             uniform = torch.rand_like(energy)
             settling = self.is_settling(run.step - 1)
             run.state, stays = test(before, run.state, energy, uniform, value_at(self.temperature, 0), settling)
@@ -177,7 +159,3 @@ class AMAGOLD(CorrectedKernel):
             stats = run.with_state(torch.where(stays, stats, known))
         assert stats is not None
         return stats
-
-    def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Momentum and inverse mass."""
-        return state.momentum, coefficients[4]

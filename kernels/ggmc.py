@@ -18,8 +18,8 @@ Cost: one gradient a step; the energies come with the gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,11 +56,11 @@ class Coefficients(NamedTuple):
     velocity: Tensor  # h / M
     decay: Tensor  # c in the first step of a proposal, else 1
     noise_scale: Tensor  # √(TM(1 − c²)) there, else 0
-    inverse_mass: Tensor  # 1 / M
     inverse_temperature: Tensor  # 1 / T
     is_first: Tensor  # 1 in the first step of a proposal, else 0
     is_last: Tensor  # 1 in the last, else 0
     is_settling: Tensor  # 1 where all but the wildest proposals are taken, else 0
+    inverse_mass: Tensor  # 1 / M
 
 
 def init(position: Tensor, momentum: Tensor, energy: Tensor, grad: Tensor, num_steps: int) -> GGMCState:
@@ -116,8 +116,8 @@ class GGMC(CorrectedKernel):
     :param friction: C, per unit of velocity; None draws the momentum afresh for every proposal.
     :param num_steps: L, leapfrog steps per proposal.
     :param temperature: T > 0; 1 samples the posterior.
-    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values; ``"auto"`` takes the inverse
-        variances of the draws of warm-up, and then ``friction`` is a rate, C/M.
+    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values; or how it is learnt in warm-up:
+        ``"auto"``, ``"dense"`` or a :class:`~bnn.kernels.Preconditioner`, and then ``friction`` is a rate, C/M.
     :param options: ``steps_per_sample`` (proposals per draw), ``compile`` and ``init_strategy``; see
         :class:`~bnn.kernels._base.StochasticGradientKernel`.
     :raises ValueError: for settings out of range, or a model whose energy is random.
@@ -132,22 +132,6 @@ class GGMC(CorrectedKernel):
     >>> bool((mcmc.get_samples()["z"].var() - 2).abs() < 0.2), bool(mcmc.sample_stats["acceptance_rate"].mean() > 0.7)
     (True, True)
     """
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        *,
-        step_size: float | Literal["auto"] = "auto",
-        friction: float | None,
-        num_steps: int = 1,
-        temperature: float = 1.0,
-        mass: float | Mapping[str, Any] | Tensor | Literal["auto"] = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            model, step_size=step_size, friction=friction, num_steps=num_steps, temperature=temperature, mass=mass,
-            **options,
-        )  # fmt: skip
 
     def check_plan(self, draws: int | None) -> None:
         """:raises ValueError: for a model that subsamples, or draws random numbers of its own."""
@@ -165,12 +149,17 @@ class GGMC(CorrectedKernel):
 
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """The numbers of :class:`Coefficients`."""
-        h, temperature, mass, place = self.step, value_at(self.temperature, 0), self._mass(), step % self.num_steps
-        decay = 0.0 if self.friction is None else np.exp(-h * self.num_steps * self.friction_of(mass) / mass)
+        h, temperature, mass, place = (
+            self.step_size_at(0),
+            value_at(self.temperature, 0),
+            self._mass(),
+            step % self.num_steps,
+        )
+        decay = 0.0 if self.friction is None else np.exp(-h * self.num_steps * self.friction / mass)
         scale = np.sqrt(temperature * mass * (1.0 - decay**2))
         decay, scale = (decay, scale) if place == 0 else (0.0 * decay + 1.0, 0.0 * scale)
         flags = float(place == 0), float(place == self.num_steps - 1), float(self.is_settling(step))
-        return 0.5 * h, h / mass, decay, scale, 1.0 / mass, 1.0 / temperature, *flags
+        return 0.5 * h, h / mass, decay, scale, 1.0 / temperature, *flags, 1.0 / mass
 
     def update(
         self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]
@@ -178,7 +167,3 @@ class GGMC(CorrectedKernel):
         """One step of :func:`update`."""
         uniform = torch.rand_like(state.energy)
         return update(state, energy_and_grad, noise[0], uniform, Coefficients(*coefficients), self.num_steps)
-
-    def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Momentum and inverse mass."""
-        return state.momentum, coefficients[4]

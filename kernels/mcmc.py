@@ -235,6 +235,8 @@ class MCMC(PyroMCMC):
         for i in range(self.warmup_steps + self.num_samples):
             if i == self.warmup_steps:
                 bar.set_description("Sample" + label, refresh=False)
+                if kernel.warmup_report and not self._disable_progbar:
+                    bar.write(f"Warm-up chose {kernel.warmup_report}.")
             kernel.advance()
             if i >= self.warmup_steps:
                 draws.add(kernel.position)
@@ -295,6 +297,8 @@ class MCMC(PyroMCMC):
         if self._sample_stats:
             print(self.temperature_report())
             print(f"Verdict: {self.temperature_verdict()}")
+        for report in dict.fromkeys(entry["warm-up chose"] for entry in self._diagnostics if "warm-up chose" in entry):
+            print(f"Warm-up chose {report}.")
         if self._diagnostics[0] and "divergences" in self._diagnostics[0]:
             print(f"Number of divergences: {sum(len(entry['divergences']) for entry in self._diagnostics)}")
 

@@ -30,6 +30,7 @@ from scipy.linalg import expm
 from torch import Tensor
 
 from bnn.kernels._coordinates import Number
+from bnn.kernels.preconditioners import Preconditioner
 from bnn.kernels.schedules import Schedule, check_setting, value_at
 from bnn.kernels.sghmc import SGHMC
 
@@ -105,9 +106,9 @@ class NormAdjustedSGHMC(SGHMC):
         self,
         model: Callable[..., Any],
         *,
-        step_size: float | Schedule,
+        step_size: float | Schedule | Literal["auto"],
         friction: float | Schedule,
-        mass: float | Mapping[str, Any] | Tensor = 1.0,
+        mass: float | Mapping[str, Any] | Tensor | Literal["auto", "dense"] | Preconditioner = 1.0,
         alpha: float = 1.0,
         gamma: float = 1.0,
         momentum_scale: float | Schedule | Literal["auto"] = "auto",
@@ -182,7 +183,7 @@ class NormAdjustedSGHMC(SGHMC):
         assert not isinstance(self.momentum_scale, str)
         deviations = [site.normal[1] for site in self.potential.sites.values() if site.normal is not None]
         return implied_temperature(
-            max(deviations, default=1.0) ** -2, step_size=value_at(self.step_size, step),
+            max(deviations, default=1.0) ** -2, step_size=self.step_size_at(step),
             friction=value_at(self.friction, step), momentum_scale=value_at(self.momentum_scale, step),
             resample_every=self.resample_every, mass=float(np.mean(super()._mass())), alpha=self.alpha,
             gamma=self.gamma, temperature=value_at(self.temperature, step),

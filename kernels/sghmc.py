@@ -26,12 +26,15 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from bnn.kernels._base import EnergyAndGrad, Evaluation, StochasticGradientKernel
+from bnn.kernels._base import EnergyAndGrad, Evaluation
+from bnn.kernels._bias import BiasModel, ExpectedBias, check_tolerance, constant_temperature
 from bnn.kernels._coordinates import Number
-from bnn.kernels.schedules import Schedule, check_setting, value_at
+from bnn.kernels._momentum import MomentumKernel
+from bnn.kernels._warmup import StepRule
+from bnn.kernels.preconditioners import Preconditioner
+from bnn.kernels.schedules import Schedule, value_at
 
 Integrator = Literal["bbaoa", "symplectic_euler", "baoab", "obabo"]
 
@@ -114,22 +117,25 @@ _INTEGRATORS = {"bbaoa": bbaoa, "symplectic_euler": symplectic_euler, "baoab": b
 _KEEPS_GRADIENT = ("baoab", "obabo")
 
 
-class SGHMC(StochasticGradientKernel):
+class SGHMC(MomentumKernel):
     """Stochastic gradient Hamiltonian Monte Carlo (Chen et al. 2014), targeting exp(−U/T).
 
     The kernel to start with. To come from a learning rate and a momentum decay, see
     :func:`~bnn.kernels.step_size_and_friction`.
 
     :param model: a Pyro model; ``pyro.plate(..., subsample_size=B)`` in it makes the minibatches.
-    :param step_size: time step h. Stable below 2 / √(largest curvature of U / M).
+    :param step_size: time step h, stable below 2 / √(largest curvature of U / M); or ``"auto"``: the largest of an
+        expected bias in variance below ``bias_tolerance``, found in warm-up (:mod:`bnn.kernels._bias`).
     :param friction: C, per unit of velocity. The momentum forgets at the rate C/M; M times the frequency of the
         slowest direction is a good value.
     :param temperature: T; 1 samples the posterior, whatever the data size.
-    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values.
+    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values; or how it is learnt in warm-up:
+        ``"auto"``, ``"dense"`` or a :class:`~bnn.kernels.Preconditioner`, and then ``friction`` is a rate, C/M.
     :param integrator: ``"bbaoa"`` (exact variance on a Gaussian), ``"symplectic_euler"``, ``"baoab"``, ``"obabo"``.
     :param gradient_noise: V, the variance of the minibatch gradient ∇Û per coordinate (number, dict or vector); the
         injected noise is reduced by h²V, to first order in h. Chen et al.'s B̂ is hV/2.
     :param momentum_resampling: draw the momentum afresh from N(0, T M) every so many steps; None for never.
+    :param bias_tolerance: for ``step_size="auto"``.
     :param options: ``steps_per_sample``, ``batches``, ``compile``, ``replacement`` and ``init_strategy``; see
         :class:`~bnn.kernels._base.StochasticGradientKernel`.
     :raises ValueError: for settings that are negative, not finite, of a wrong shape, or a ``gradient_noise`` larger
@@ -152,17 +158,17 @@ class SGHMC(StochasticGradientKernel):
         self,
         model: Callable[..., Any],
         *,
-        step_size: float | Schedule,
+        step_size: float | Schedule | Literal["auto"],
         friction: float | Schedule,
         temperature: float | Schedule = 1.0,
-        mass: float | Mapping[str, Any] | Tensor = 1.0,
+        mass: float | Mapping[str, Any] | Tensor | Literal["auto", "dense"] | Preconditioner = 1.0,
         integrator: Integrator = "bbaoa",
         gradient_noise: float | Mapping[str, Any] | Tensor = 0.0,
         momentum_resampling: int | None = None,
+        bias_tolerance: float = 0.05,
         **options: Any,
     ) -> None:
-        super().__init__(model, step_size=step_size, temperature=temperature, **options)
-        check_setting("friction", friction)
+        super().__init__(model, step_size=step_size, friction=friction, mass=mass, temperature=temperature, **options)
         if integrator not in _INTEGRATORS:
             raise ValueError(
                 f"integrator {integrator!r} is unknown: choose one of {', '.join(map(repr, _INTEGRATORS))}."
@@ -170,13 +176,10 @@ class SGHMC(StochasticGradientKernel):
         every = momentum_resampling
         if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ValueError(f"momentum_resampling is {momentum_resampling!r}; give a number of steps >= 1, or None.")
-        self.friction, self.mass, self.integrator = friction, mass, integrator
+        check_tolerance(bias_tolerance)
+        self.integrator, self.bias_tolerance = integrator, bias_tolerance
         self.gradient_noise, self.momentum_resampling = gradient_noise, momentum_resampling
         self.noises_per_step = 2 if integrator == "obabo" else 1
-
-    def settings(self) -> dict[str, float | Schedule]:
-        """The settings that may follow a schedule."""
-        return {**super().settings(), "friction": self.friction}
 
     def is_constant(self) -> bool:
         """Whether the coefficients are the same at every step: not where some steps resample the momentum."""
@@ -190,14 +193,13 @@ class SGHMC(StochasticGradientKernel):
 
     def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> SGHMCState:
         """Momentum drawn from N(0, T M)."""
-        scale = torch.as_tensor(np.sqrt(self._mass() * value_at(self.temperature, 0))).to(position)
-        momentum = torch.randn_like(position) * scale
+        momentum = self.fresh_momentum(position)
         grad = energy_and_grad(position)[1] if self.integrator in _KEEPS_GRADIENT else None
         return init(position, momentum, grad)
 
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """h, h/M, the momentum's decay and the noise's standard deviation, then M⁻¹ for the statistics."""
-        h, temperature = value_at(self.step_size, step), value_at(self.temperature, step)
+        h, temperature = self.step_size_at(step), value_at(self.temperature, step)
         friction, mass = self._friction(step), self._mass()
         resample = self.momentum_resampling is not None and step % self.momentum_resampling == 0
         gradient_variance = h**2 * self._gradient_noise()
@@ -227,19 +229,22 @@ class SGHMC(StochasticGradientKernel):
         """One step of the chosen integrator."""
         return _INTEGRATORS[self.integrator](state, energy_and_grad, noise, Coefficients(*coefficients[:4]))
 
-    def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Momentum and inverse mass."""
-        return state.momentum, coefficients[4]
+    def step_rule(self) -> StepRule:
+        """The step size of a bounded bias."""
+        temperature = constant_temperature(self.temperature)
+        if isinstance(self.friction, Schedule) or self.friction == 0:
+            raise ValueError(
+                f"friction is {self.friction}, and step_size='auto' needs a number > 0: without friction, noisy "
+                "gradients heat the chain without end."
+            )
+        weight = 1.0 / (self._friction(0) * temperature)
+        damping = float(np.max(self._friction(0) / self._mass())) if self.integrator == "symplectic_euler" else 0.0
+        model = BiasModel(2, 1.0 / self._mass(), weight, temperature, damping)
+        return ExpectedBias(model, self.bias_tolerance, self.step_size_at(0))
 
     def _fresh_variance(self, step: int) -> Number:
         """Variance of a momentum that is drawn afresh: T M."""
         return self._mass() * value_at(self.temperature, step)
-
-    def _friction(self, step: int) -> float:
-        return value_at(self.friction, step)
-
-    def _mass(self) -> Number:
-        return self.per_coordinate("mass", self.mass)
 
     def _gradient_noise(self) -> Number:
         return self.per_coordinate("gradient_noise", self.gradient_noise, default=0.0, positive=False)

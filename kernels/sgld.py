@@ -14,13 +14,16 @@ Cost: one gradient a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from bnn.kernels._base import EnergyAndGrad, Evaluation, StochasticGradientKernel
+from bnn.kernels._bias import BiasModel, ExpectedBias, check_tolerance, constant_temperature
 from bnn.kernels._coordinates import Number
+from bnn.kernels._warmup import StepRule
+from bnn.kernels.preconditioners import Preconditioner, preconditioner_of
 from bnn.kernels.schedules import Schedule, value_at
 
 
@@ -51,9 +54,13 @@ class SGLD(StochasticGradientKernel):
     with less bias wherever the posterior is not round.
 
     :param model: a Pyro model; ``pyro.plate(..., subsample_size=B)`` in it makes the minibatches.
-    :param step_size: time step h; half of Welling and Teh's ε. Stable below 2 / (largest curvature of U).
+    :param step_size: time step h; half of Welling and Teh's ε. Stable below 2 / (largest curvature of U). ``"auto"``
+        takes the largest of an expected bias in variance below ``bias_tolerance``, found in warm-up
+        (:mod:`bnn.kernels._bias`).
     :param temperature: T; 1 samples the posterior, whatever the data size.
-    :param preconditioner: P, fixed: a number, a dict of numbers per site, or a vector of ``dim`` values.
+    :param preconditioner: P: a number, a dict of numbers per site, or a vector of ``dim`` values; or how it is learnt
+        in warm-up: ``"auto"``, ``"dense"`` or a :class:`~bnn.kernels.Preconditioner`.
+    :param bias_tolerance: for ``step_size="auto"``.
     :param options: ``steps_per_sample``, ``batches``, ``compile``, ``replacement`` and ``init_strategy``; see
         :class:`~bnn.kernels._base.StochasticGradientKernel`.
     :raises ValueError: for settings that are negative, not finite, or of a wrong shape.
@@ -75,13 +82,17 @@ class SGLD(StochasticGradientKernel):
         self,
         model: Callable[..., Any],
         *,
-        step_size: float | Schedule,
+        step_size: float | Schedule | Literal["auto"],
         temperature: float | Schedule = 1.0,
-        preconditioner: float | Mapping[str, Any] | Tensor | None = None,
+        preconditioner: float | Mapping[str, Any] | Tensor | Literal["auto", "dense"] | Preconditioner = 1.0,
+        bias_tolerance: float = 0.05,
         **options: Any,
     ) -> None:
         super().__init__(model, step_size=step_size, temperature=temperature, **options)
-        self.preconditioner = preconditioner
+        check_tolerance(bias_tolerance)
+        self.metric = preconditioner_of("preconditioner", preconditioner)
+        self.preconditioner = preconditioner if self.metric is None else 1.0
+        self.bias_tolerance = bias_tolerance
 
     def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> SGLDState:
         """The state at a starting position."""
@@ -90,10 +101,8 @@ class SGLD(StochasticGradientKernel):
 
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """The drift −hP and the noise scale √(2hTP)."""
-        h, temperature = value_at(self.step_size, step), value_at(self.temperature, step)
-        preconditioner = self.per_coordinate(
-            "preconditioner", 1.0 if self.preconditioner is None else self.preconditioner
-        )
+        h, temperature = self.step_size_at(step), value_at(self.temperature, step)
+        preconditioner = self._preconditioner()
         return -h * preconditioner, np.sqrt(2.0 * h * temperature * preconditioner)
 
     def update(
@@ -102,3 +111,12 @@ class SGLD(StochasticGradientKernel):
         """One step of :func:`update`."""
         drift, noise_scale = coefficients
         return update(state, energy_and_grad, noise[0], drift=drift, noise_scale=noise_scale)
+
+    def step_rule(self) -> StepRule:
+        """The step size of a bounded bias."""
+        temperature, preconditioner = constant_temperature(self.temperature), self._preconditioner()
+        model = BiasModel(1, preconditioner, preconditioner / temperature, temperature)
+        return ExpectedBias(model, self.bias_tolerance, self.step_size_at(0))
+
+    def _preconditioner(self) -> Number:
+        return self.per_coordinate("preconditioner", self.preconditioner)

@@ -24,12 +24,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.kernels._base import EnergyAndGrad, Evaluation, StochasticGradientKernel
+from bnn.kernels._base import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number
+from bnn.kernels._momentum import MomentumKernel
+from bnn.kernels.preconditioners import Preconditioner
 from bnn.kernels.schedules import Schedule, check_setting, value_at
 
 THERMOSTATS = ("scalar", "per_coordinate")
@@ -52,11 +53,11 @@ class Coefficients(NamedTuple):
     """Numbers of one step, each of shape () or (dim,)."""
 
     step_size: Tensor  # h
-    inverse_mass: Tensor  # 1 / M
     rate: Tensor  # C / M
     noise: Tensor  # C T
     temperature: Tensor  # T
     gain: Tensor  # h / (2 μ T)
+    inverse_mass: Tensor  # 1 / M
 
 
 def update(
@@ -92,7 +93,7 @@ def _mean_decay(friction: Tensor, step_size: Tensor) -> Tensor:
     return torch.where(small, step_size * (2.0 - twice), exact)
 
 
-class SGNHT(StochasticGradientKernel):
+class SGNHT(MomentumKernel):
     """Stochastic gradient Nosé–Hoover thermostat (Ding et al. 2014), targeting exp(−U/T) under unknown gradient noise.
 
     As :class:`~bnn.kernels.SGHMC`, with a friction that adapts itself. ``sample_stats`` hold the mean of ζ: what it
@@ -102,7 +103,8 @@ class SGNHT(StochasticGradientKernel):
     :param step_size: time step h.
     :param friction: C, per unit of velocity: the friction and noise that the chain has by itself.
     :param temperature: T; 1 samples the posterior. Above 0: the thermostat has nothing to hold on to at 0.
-    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values.
+    :param mass: M: a number, a dict of numbers per site, or a vector of ``dim`` values; or how it is learnt in warm-up:
+        ``"auto"``, ``"dense"`` or a :class:`~bnn.kernels.Preconditioner`, and then ``friction`` is a rate, C/M.
     :param thermostat: ``"scalar"``, one for all coordinates, or ``"per_coordinate"``.
     :param thermostat_mass: μ, how slowly ζ moves, in units of time squared.
     :param options: ``steps_per_sample``, ``batches``, ``compile``, ``replacement`` and ``init_strategy``; see
@@ -129,13 +131,12 @@ class SGNHT(StochasticGradientKernel):
         step_size: float | Schedule,
         friction: float | Schedule,
         temperature: float | Schedule = 1.0,
-        mass: float | Mapping[str, Any] | Tensor = 1.0,
+        mass: float | Mapping[str, Any] | Tensor | Literal["auto", "dense"] | Preconditioner = 1.0,
         thermostat: Literal["scalar", "per_coordinate"] = "scalar",
         thermostat_mass: float = 1.0,
         **options: Any,
     ) -> None:
-        super().__init__(model, step_size=step_size, temperature=temperature, **options)
-        check_setting("friction", friction)
+        super().__init__(model, step_size=step_size, friction=friction, mass=mass, temperature=temperature, **options)
         check_setting("thermostat_mass", thermostat_mass, strict=True)
         if thermostat not in THERMOSTATS:
             raise ValueError(
@@ -143,24 +144,19 @@ class SGNHT(StochasticGradientKernel):
             )
         if value_at(temperature, 0) == 0.0:
             raise ValueError("temperature is 0, where a thermostat has nothing to hold on to: use SGHMC.")
-        self.friction, self.mass, self.thermostat, self.thermostat_mass = friction, mass, thermostat, thermostat_mass
-
-    def settings(self) -> dict[str, float | Schedule]:
-        """The settings that may follow a schedule."""
-        return {**super().settings(), "friction": self.friction}
+        self.thermostat, self.thermostat_mass = thermostat, thermostat_mass
 
     def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> SGNHTState:
         """Momentum drawn from N(0, T M), thermostats at zero."""
         del energy_and_grad
-        scale = torch.as_tensor(np.sqrt(self._mass() * value_at(self.temperature, 0))).to(position)
-        return init(position, torch.randn_like(position) * scale, self.thermostat == "per_coordinate")
+        return init(position, self.fresh_momentum(position), self.thermostat == "per_coordinate")
 
     def coefficients(self, step: int) -> tuple[Number, ...]:
-        """h, 1/M, C/M, CT, T and h/(2μT)."""
+        """The numbers of :class:`Coefficients`."""
         h, temperature = value_at(self.step_size, step), value_at(self.temperature, step)
         friction, mass = value_at(self.friction, step), self._mass()
         gain = 0.5 * h / (self.thermostat_mass * temperature)
-        return h, 1.0 / mass, friction / mass, friction * temperature, temperature, gain
+        return h, friction / mass, friction * temperature, temperature, gain, 1.0 / mass
 
     def update(
         self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]
@@ -168,13 +164,6 @@ class SGNHT(StochasticGradientKernel):
         """One step of :func:`update`."""
         return update(state, energy_and_grad, noise[0], Coefficients(*coefficients))
 
-    def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Momentum and inverse mass."""
-        return state.momentum, coefficients[1]
-
     def extra_stats(self, state: Any) -> dict[str, Tensor]:
         """Mean of the thermostats."""
         return {"thermostat": state.thermostat.mean(-1)}
-
-    def _mass(self) -> Number:
-        return self.per_coordinate("mass", self.mass)

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from bnn.kernels import AMAGOLD, GGMC, MCMC
-from bnn.kernels._warmup import Warmup, window_ends
+from bnn.kernels._warmup import window_ends
 from support import targets
 from support.checks import ALPHA
 
@@ -35,13 +35,13 @@ def test_step_size_for_an_acceptance_and_the_exact_law(kernel, target):
         one.setup(150, torch.ones(1, dtype=torch.float64))
         for _ in range(150):
             one.advance()
-        step = one.step
+        step = one.step_size_at(0)
         found = []
         for _ in range(5):
             one.advance()
             found.append(float(one._running.state.acceptance.mean()))
     assert np.mean(found) == pytest.approx(target, abs=0.03)
-    assert one.step == step, "it changed after warm-up"
+    assert one.step_size_at(0) == step, "it changed after warm-up"
     assert stats.kstest(one.position.flatten().numpy(), stats.t(5).cdf).pvalue > ALPHA
 
 
@@ -58,11 +58,11 @@ def test_masses_are_inverse_variances(kernel, settings):
     one = kernel(scaled, mass="auto", compile="fx", **settings)
     mcmc = MCMC(one, num_samples=600, warmup_steps=450, num_chains=4, disable_progbar=True)
     mcmc.run(SCALES)
-    assert np.abs(np.log(one._warmup.mass * SCALES.numpy() ** 2)).max() < 1.0
+    assert (one._warmup.metric.tensors[0] / SCALES).log().abs().max() < 0.5
     assert float(mcmc.sample_stats["acceptance_rate"].mean()) == pytest.approx(0.8, abs=0.15)
     spread = mcmc.get_samples()["z"].std(0) / SCALES
     assert spread.min() > 0.7 and spread.max() < 1.3
-    assert float(mcmc.sample_stats["step_size"][0, 0]) == one.step != 0.1
+    assert float(mcmc.sample_stats["step_size"][0, 0]) == one.step_size_at(0) != 0.1
 
 
 def test_momenta_keep_their_law_when_masses_change():
@@ -72,25 +72,26 @@ def test_momenta_keep_their_law_when_masses_change():
         one.setup(20, SCALES)
         for _ in range(20):
             one.advance()
-    scaled_momenta = one._running.state.momentum / torch.tensor(one._warmup.mass).sqrt()
-    assert scaled_momenta.var(0).sub(1).abs().max() < 0.2
-    assert not np.allclose(one._warmup.mass, 1.0)
+        assert one._running.state.momentum.var(0).sub(1).abs().max() < 0.2
+        assert (one.position.var(0).sqrt() / SCALES - 1).abs().max() < 0.1, "the positions moved with the metric"
+        assert (one._running.metric.tensors[0] / SCALES - 1).abs().max() < 0.1
 
 
-def test_nothing_is_learnt_after_warm_up_or_from_another_run():
-    warmup = Warmup(30, 0.1, True, True, 0.8)
-    position = torch.randn(3, 4)
-    assert all(warmup(0.9, torch.randn(3, 4)) for _ in range(30))
-    before = warmup.step_size, warmup.mass.copy()
-    assert not warmup(0.1, position)
-    assert warmup.step_size == before[0] and np.array_equal(warmup.mass, before[1])
-    one = GGMC(scaled, friction=0.5, mass="auto", compile="fx")
+@pytest.mark.parametrize("mass", ["auto", "dense"])
+def test_nothing_is_learnt_after_warm_up_or_from_another_run(mass):
+    one = GGMC(scaled, friction=0.5, mass=mass, compile="fx")
     draws = []
     for _ in range(2):
         pyro.set_rng_seed(1)
-        mcmc = MCMC(one, num_samples=5, warmup_steps=60, disable_progbar=True)
-        mcmc.run(SCALES)
-        draws.append(mcmc.get_samples()["z"])
+        one.num_chains, one.initial_params = 1, None
+        one.setup(60, SCALES)
+        found = []
+        for draw in range(80):
+            one.advance()
+            if draw >= 59:
+                found.append((one.step_size_at(0), *one._running.metric.tensors))
+        assert all(step == found[0][0] and metric is found[0][1] for step, metric in found)
+        draws.append(one.position)
     assert torch.equal(*draws)
 
 
@@ -105,9 +106,9 @@ def test_windows_double_and_leave_the_end_to_the_step_size(draws, ends):
     "settings, message",
     [
         ({"step_size": "fast"}, "step_size is 'fast'"),
-        ({"mass": "dense"}, "mass is 'dense'"),
+        ({"mass": "heavy"}, "mass is 'heavy'; give a number, a dict of numbers per site, a vector, 'auto', 'dense'"),
         ({"target_acceptance": 1.0}, "target_acceptance is 1.0"),
-        ({"step_size": "auto"}, "give warmup_steps"),
+        ({"step_size": "auto"}, r"give warmup_steps, some hundreds \(it is 0; at least 20\)"),
         ({"mass": "auto"}, "give warmup_steps"),
     ],
 )

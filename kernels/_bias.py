@@ -1,0 +1,241 @@
+"""``step_size="auto"`` for kernels without a Metropolis test: the largest step whose bias in variance is small enough.
+
+A step of size h changes the variance along a direction of curvature k, and gradient noise of variance V, by about
+
+    λ (h/2)^p + ν h/2        of its size
+
+    SGLD     p = 1    λ = kP       ν = VP/T        exactly (1 + νh/2)/(1 − λh/2) − 1 on a Gaussian
+    SGHMC    p = 2    λ = k/M      ν = V/(CT)      obabo has this bias on a Gaussian, symplectic_euler
+                                                   1/(1 − hC/2M) times that; bbaoa and baoab have none
+
+λ is the largest over directions, by power iteration on differences of minibatch gradients; ν the largest of the
+coordinates and of the steepest direction. Both are means over the chains, measured some forty times in warm-up. Far
+from the posterior gradients are far noisier than in it, and steps as short as that asks for would never get there; so
+until the last draw of warm-up ν is taken relative to the temperature at which the chains still are: that of the momenta
+or ‖∇U‖² / tr ∇²U, the higher.
+Where there is a momentum, its measured temperature has the last word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnn.kernels._coordinates import Number
+from bnn.kernels._run import Run
+from bnn.kernels._warmup import StepRule
+from bnn.kernels.schedules import Schedule
+from bnn.temperature import effective_draws
+
+# How often curvature and noise are measured in warm-up, with how many steps of the iteration and pairs of minibatches.
+PROBES, ITERATIONS, FIRST_ITERATIONS, PAIRS = 40, 3, 20, 4
+
+# Measurements that are remembered; least factor by which the momenta's temperature shortens steps.
+REMEMBERED, LEAST_FACTOR = 10, 0.25
+
+# Length of the differences, in standard deviations along the steepest direction.
+DIFFERENCE = 0.1
+
+# The largest hC/2M of symplectic_euler.
+LARGEST_DAMPING = 0.1
+
+
+@dataclass(frozen=True)
+class BiasModel:
+    """What a kernel's bias depends on, in the coordinates that it moves in.
+
+    :ivar order: p.
+    :ivar curvature_weight: P, or M⁻¹.
+    :ivar noise_weight: P/T, or 1/(CT); infinite without friction.
+    :ivar temperature: T.
+    :ivar damping: C/M where the integrator heats the momenta, though not the positions, to T/(1 − hC/2M); else 0.
+    """
+
+    order: int
+    curvature_weight: Number
+    noise_weight: Number
+    temperature: float
+    damping: float = 0.0
+
+    def bias(self, step_size: float, curvature: float, noise: float) -> tuple[float, float]:
+        """The relative bias in variance: of the discretisation, and of the gradient noise."""
+        return curvature * (0.5 * step_size) ** self.order, noise * 0.5 * step_size
+
+    def step_size(self, tolerance: float, curvature: float, noise: float) -> float:
+        """The step size at which both together are ``tolerance``.
+
+        >>> model = BiasModel(2, 1.0, 1.0, 1.0)
+        >>> round(sum(model.bias(model.step_size(0.05, 3.0, 7.0), 3.0, 7.0)), 12)
+        0.05
+        """
+        if self.order == 1:
+            return 2.0 * tolerance / (curvature + noise)
+        free = 4.0 * tolerance / (noise + math.sqrt(noise**2 + 4.0 * curvature * tolerance))
+        return min(free, 2.0 * LARGEST_DAMPING / self.damping) if self.damping else free
+
+    def heat(self, step_size: float) -> float:
+        """By how much of T the momenta are hotter than the positions."""
+        x = min(0.5 * step_size * self.damping, 0.9)
+        return x / (1.0 - x)
+
+
+def check_tolerance(bias_tolerance: float) -> None:
+    """:raises ValueError: for a tolerance that is not small and positive."""
+    if not 0.0 < bias_tolerance <= 0.5:
+        raise ValueError(
+            f"bias_tolerance is {bias_tolerance!r}; give a share of the variance, above 0 and at most 0.5."
+        )
+
+
+def constant_temperature(temperature: float | Schedule) -> float:
+    """The temperature that step_size="auto" is for.
+
+    :raises ValueError: for a schedule, or 0.
+    """
+    if isinstance(temperature, Schedule) or temperature == 0:
+        raise ValueError(
+            f"temperature is {temperature}, and step_size='auto' bounds the bias in variance at one temperature above "
+            "0: give a number for one of them."
+        )
+    return float(temperature)
+
+
+class ExpectedBias(StepRule):
+    """The state of one search.
+
+    :param model: how bias depends on the step size.
+    :param tolerance: the relative bias in variance that is let pass.
+    :param step_size: where it starts.
+    """
+
+    def __init__(self, model: BiasModel, tolerance: float, step_size: float) -> None:
+        self.model, self.tolerance, self.step_size = model, tolerance, step_size
+        self._measured: float | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._curvatures: deque[float] = deque(maxlen=REMEMBERED)
+        self._noises: deque[Tensor] = deque(maxlen=REMEMBERED)
+        self._heat: list[tuple[float, float]] = []
+        self._direction: Tensor | None = None
+        self._trace = 0.0
+
+    def start(self, run: Run) -> None:
+        """Look at where the chains start, and take the steepest direction for unit in a metric still to be learnt.
+
+        A friction that is a rate in units of the metric would be none against noisy gradients in units far too large.
+        """
+        self._probe(run, FIRST_ITERATIONS)
+        if run.metric.tensors and run.is_noisy and self._curvatures:
+            run.change_metric(run.metric.scaled(self._curvatures[-1] ** -0.5))
+            self.restart(run)
+
+    def restart(self, run: Run) -> None:
+        """Begin again in the new coordinates."""
+        self._forget()
+        self._probe(run, FIRST_ITERATIONS)
+        for _ in range(REMEMBERED // 2):
+            self._probe(run, ITERATIONS)
+
+    def observe(self, run: Run, stats: Tensor, draw: int, draws: int) -> None:
+        """Measure now and then, and compare with the momenta's temperature at the end."""
+        if "kinetic_temperature" in run.stat_names and len(stats):
+            kinetic = float(stats[:, run.stat_names.index("kinetic_temperature")].mean())
+            excess = kinetic / self.model.temperature - 1.0 - self.model.heat(self.step_size)
+            self._heat.append((excess, self.step_size))
+        if draw == draws or draw % max(1, draws // PROBES) == 0:
+            self._probe(run, ITERATIONS)
+        if draw == draws and self._curvatures:
+            self.step_size = self.model.step_size(self.tolerance, *self._means())
+            self._correct()
+
+    def report(self) -> str:
+        """The step size and the bias expected of it."""
+        discretisation, heating = self.model.bias(self.step_size, *self._means())
+        text = (
+            f"step_size {self.step_size:.3g}, for an expected bias in variance of "
+            f"{100 * (discretisation + heating):.2g} % (discretisation {100 * discretisation:.2g} %, gradient noise "
+            f"{100 * heating:.2g} %)"
+        )
+        return text if self._measured is None else f"{text}; the momenta were {100 * self._measured:+.2g} % off"
+
+    def _means(self) -> tuple[float, float]:
+        """Curvature and noise over the measurements that are remembered."""
+        noise = float(torch.stack(list(self._noises)).mean(0).max()) if self._noises else 0.0
+        return float(np.mean(self._curvatures)), noise
+
+    def _correct(self) -> None:
+        """Shorten the step where the momenta are hotter, beyond chance, than the tolerance allows at it."""
+        alike = [0.5 < step_size / self.step_size < 2.0 for _, step_size in self._heat]
+        since = max([draw + 1 for draw, is_alike in enumerate(alike) if not is_alike], default=0)
+        recent = np.array(self._heat[max(since, len(self._heat) // 2) :])
+        if len(recent) < 8:
+            return
+        per_step = recent[:, 0] / recent[:, 1]
+        mean, draws = float(per_step.mean()), effective_draws(per_step[None])
+        if mean - 3.0 * float(per_step.std()) / math.sqrt(draws) > self.tolerance / self.step_size:
+            self.step_size *= max(self.tolerance / (mean * self.step_size), LEAST_FACTOR)
+        self._measured = mean * self.step_size
+
+    def _probe(self, run: Run, iterations: int) -> None:
+        moving = ~run.stopped
+        curvature = self._curvature(run, iterations, moving)
+        if not math.isfinite(curvature):
+            return
+        self._curvatures.append(curvature)
+        noise, hotter = 0.0, 1.0
+        if run.is_noisy:
+            newest, hotter = self._gradient_noise(run, moving)
+            self._noises.append(newest)
+            noise = float(newest.max())
+        hotter = max([hotter, *(1.0 + heat for heat, _ in self._heat[-1:])])
+        self.step_size = self.model.step_size(self.tolerance, float(np.mean(self._curvatures)), noise / hotter)
+
+    def _curvature(self, run: Run, iterations: int, moving: Tensor) -> float:
+        """The largest weighted curvature, mean over chains, by power iteration on fresh minibatches."""
+        position, trace = run.position, None
+        weight = torch.as_tensor(np.sqrt(self.model.curvature_weight)).to(position)
+        if self._direction is None:
+            self._direction = torch.nn.functional.normalize(torch.randn_like(position), dim=-1)
+            self._length = torch.full_like(position[:, :1], 1e-3)
+        value = position.new_ones(len(position))
+        for iteration in range(iterations):
+            (inputs,) = run.stream.next(1)
+            move = run.metric.forward(self._direction * weight, run.metric.tensors) * self._length
+            change = run.gradient(position + move, inputs) - run.gradient(position - move, inputs)
+            product = run.metric.pull_back(change, run.metric.tensors) * weight / (2.0 * self._length)
+            value = (product * self._direction).sum(-1)
+            size = torch.linalg.vector_norm(product, dim=-1, keepdim=True)
+            if not self._curvatures and not iteration:  # a random direction
+                trace = float(value[moving].abs().mean()) * position.shape[-1]
+            self._direction = torch.where(size > 0, product / size.clamp_min(1e-30), self._direction)
+            deviation = (self.model.temperature / size.clamp_min(1e-12)).sqrt()
+            self._length = DIFFERENCE * deviation.clamp(max=1e3)
+        self._trace = self._trace if trace is None else trace
+        return max(float(value[moving].abs().mean()), 1e-12)
+
+    def _gradient_noise(self, run: Run, moving: Tensor) -> tuple[Tensor, float]:
+        """Weighted variances of minibatch gradients, and how many times T the chains' temperature now is.
+
+        The variances are those of the coordinates and, last, of the steepest direction.
+        """
+        weight = torch.as_tensor(np.sqrt(self.model.noise_weight)).to(run.position)
+        root = torch.as_tensor(np.sqrt(self.model.curvature_weight)).to(run.position)
+        assert self._direction is not None
+        along = torch.nn.functional.normalize(self._direction[moving] * root / weight, dim=-1)
+        products, squares = [], []
+        for _ in range(PAIRS):
+            first, second = (run.metric.pull_back(run.gradient(), run.metric.tensors)[moving] for _ in range(2))
+            products.append((first * second * root.square()).sum(-1))
+            difference = (first - second) * weight
+            towards = (difference * along).sum(-1, keepdim=True)
+            squares.append(0.5 * torch.cat([difference.square(), towards.square()], -1).mean(0))
+        product = torch.cat(products)
+        least = float(product.mean() - 2.0 * product.std() / math.sqrt(len(product)))  # beyond chance
+        scale = max(self._trace * self.model.temperature, 1e-30)
+        return torch.stack(squares).mean(0), max(1.0, least / scale)

@@ -130,8 +130,9 @@ def implied_setting():
 
 def panels(quick):
     """Title -> line's label -> setting: what is drawn together. A setting that stands in two panels runs once."""
-    temperatures = (1.0, 0.0) if quick else (1.0, 0.1, 0.01, 0.0)
-    alphas, gammas, betas = ((3.0, 10.0), (1.0,), ()) if quick else ((1.0, 3.0, 10.0), (0.1, 1.0, 10.0), (0.3, 0.03))
+    temperatures, alphas, gammas, betas = (1.0, 0.1, 0.01, 0.0), (1.0, 3.0, 10.0), (0.1, 1.0, 10.0), (0.3, 0.03)
+    if quick:
+        temperatures, alphas, gammas, betas = (1.0,), (3.0, 10.0), (1.0,), ()
     same = implied_setting()
     return {
         "SGHMC": {f"T = {t:g}": Setting(t) for t in temperatures},

@@ -4,7 +4,7 @@ A small net classifies digits. Its weights start ten times smaller than their pr
 initialised, and their squared norm bursts upwards, since that is where the posterior lies: with L the negative
 log-likelihood of d weights, the virial theorem says
 
-E||θ||² / (ηd) = T + pull, pull = −E[θᵀ∇L] / d.
+    E||θ||² / (ηd) = T + pull,   pull = −E[θᵀ∇L] / d
 
 Norm adjustment is meant to hold the norm down: SGHMC with mass αM and friction γC, momenta drawn afresh from N(0, βM)
 every n steps. It has the same law if and only if β = αT. Printed for each setting are the temperature asked for, that

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import arviz as az
@@ -12,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # Example -> files that it writes.
 WRITES = {
+    "cold_posterior.py": ["cold_posterior.png"],
     "multimodal.py": ["multimodal.png"],
     "quickstart.py": ["quickstart.nc", "quickstart.png"],
     "uci_regression.py": [],
@@ -33,12 +35,44 @@ def test_help(name):
     assert done.returncode == 0 and "--seed" in done.stdout
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Name -> its finished quick run and the folder that it wrote to; each example runs once."""
+
+    @cache
+    def finished(name):
+        folder = tmp_path_factory.mktemp("example")
+        return run(name, "--quick", cwd=folder), folder
+
+    return finished
+
+
 @pytest.mark.parametrize("name", WRITES)
-def test_quick(name, tmp_path):
-    done = run(name, "--quick", cwd=tmp_path)
+def test_quick(name, quick):
+    done, folder = quick(name)
     assert done.returncode == 0, done.stderr
     for file in WRITES[name]:
-        assert (tmp_path / file).stat().st_size > 0
+        assert (folder / file).stat().st_size > 0
+
+
+def test_a_small_momentum_scale_is_a_cold_posterior(quick):
+    """At T = 1 the norm bursts to its equipartition value; β = 0.001 holds it where T = 0.08 does, and says so."""
+    done, _ = quick("cold_posterior.py")
+    columns = r"^(.+?) {2,}([\d.]+) +([\d.]+) +(-?[\d.]+)( +[\d.]+)? +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$"
+    table = {(r[0], float(r[1])): [float(v or "nan") for v in r[2:]] for r in re.findall(columns, done.stdout, re.M)}
+    assert len(table) == 5
+    asked, cold = ("SGHMC", 1.0), ("norm-adjusted α=3 β=0.001", 1.0)
+    kinetic, positions, _, norm, *_ = table[asked]
+    # 4 chains of 1930 coordinates over some ten relaxation times: a standard error of about 0.5 %.
+    assert abs(kinetic - 1.0) < 0.03 and abs(positions - 1.0) < 0.03
+    assert 1.0 < norm < 1.2  # more than ηd T, by the pull of the likelihood
+    assert abs(table["norm-adjusted α=3 β=αT", 1.0][3] / norm - 1.0) < 0.05
+    _, positions, implied, norm, *_ = table[cold]
+    assert implied == pytest.approx(0.0775, abs=1e-4)  # v* of norm_adjusted.py at k = 1/η
+    # In so few steps the norm is still some 4 % low and its temperature 11 %, over seeds give or take 1 %.
+    assert abs(positions / implied - 1.0) < 0.2 and norm < 0.3
+    assert abs(norm / table["SGHMC", 0.07749][3] - 1.0) < 0.06
+    assert "sampled at 0.0775 in place of 1" in done.stdout
 
 
 def test_quickstart_prints_the_comparison(tmp_path):

@@ -4,6 +4,7 @@ from bnn.kernels.amagold import AMAGOLD as AMAGOLD
 from bnn.kernels.cyclical import CyclicalSGHMC as CyclicalSGHMC
 from bnn.kernels.cyclical import CyclicalSGLD as CyclicalSGLD
 from bnn.kernels.ggmc import GGMC as GGMC
+from bnn.kernels.kronecker import Kronecker as Kronecker
 from bnn.kernels.learning_rate import learning_rate_and_momentum as learning_rate_and_momentum
 from bnn.kernels.learning_rate import step_size_and_friction as step_size_and_friction
 from bnn.kernels.masde import MaSDE as MaSDE

@@ -210,7 +210,7 @@ class StochasticGradientKernel(MCMCKernel):
                 raise ValueError(f"initial_params are for {len(position)} chains, but there are {chains}.")
         self._initial_params = None
         self.transforms = {n: s.transform.inv for n, s in potential.sites.items() if s.transform is not None}
-        learner = None if self.metric is None else self.metric.learner(potential.sites, position[0])
+        learner = None if self.metric is None else self.metric.learner(potential)
         if learner is not None:
             run.metric = learner.start()
         self._warmup = None
@@ -221,9 +221,8 @@ class StochasticGradientKernel(MCMCKernel):
         inputs = run.place(position)
         draws = self.num_samples if self.num_samples is not None else warmup_steps
         self.check_plan(None if self.num_samples is None else warmup_steps + draws)
-        if self._warmup is not None and self._warmup.step_rule is not None:
-            self._warmup.step_rule.start(run)
-            run.forget_numbers()
+        if self._warmup is not None:
+            self._warmup.start(run)
         run.planned_steps = self.planned_steps(warmup_steps + draws)
         run.prepare(inputs)
 

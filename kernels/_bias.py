@@ -125,13 +125,13 @@ class ExpectedBias(StepRule):
         self._direction: Tensor | None = None
         self._trace = 0.0
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Run, metric_is_unknown: bool) -> None:
         """Look at where the chains start, and take the steepest direction for unit in a metric still to be learnt.
 
         A friction that is a rate in units of the metric would be none against noisy gradients in units far too large.
         """
         self._probe(run, FIRST_ITERATIONS)
-        if run.metric.tensors and run.is_noisy and self._curvatures:
+        if metric_is_unknown and run.is_noisy and self._curvatures:
             run.change_metric(run.metric.scaled(self._curvatures[-1] ** -0.5))
             self.restart(run)
 

@@ -22,14 +22,12 @@ class Metric(ABC):
 
     tensors: tuple[Tensor, ...]
 
-    @staticmethod
     @abstractmethod
-    def forward(u: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def forward(self, u: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """L u."""
 
-    @staticmethod
     @abstractmethod
-    def pull_back(grad: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def pull_back(self, grad: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Lᵀ ∇U: the gradient in u of a gradient in z."""
 
     @abstractmethod
@@ -46,14 +44,12 @@ class Identity(Metric):
 
     tensors = ()
 
-    @staticmethod
-    def forward(u: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def forward(self, u: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """U itself."""
         del tensors
         return u
 
-    @staticmethod
-    def pull_back(grad: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def pull_back(self, grad: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """The gradient itself."""
         del tensors
         return grad
@@ -76,13 +72,11 @@ class Scaling(Metric):
     def __init__(self, scale: Tensor) -> None:
         self.tensors = (scale,)
 
-    @staticmethod
-    def forward(u: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def forward(self, u: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """S u."""
         return u * tensors[0]
 
-    @staticmethod
-    def pull_back(grad: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def pull_back(self, grad: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """S ∇U."""
         return grad * tensors[0]
 
@@ -104,13 +98,11 @@ class Triangular(Metric):
     def __init__(self, factor: Tensor) -> None:
         self.tensors = (factor,)
 
-    @staticmethod
-    def forward(u: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def forward(self, u: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """L u."""
         return u @ tensors[0].mT
 
-    @staticmethod
-    def pull_back(grad: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    def pull_back(self, grad: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Lᵀ ∇U."""
         return grad @ tensors[0]
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Draws at the start, in the first window and at the end of a warm-up that is long enough; and the least of one at all.
 START, WINDOW, END, LEAST = 75, 25, 50, 20
 
+# Minibatches for a first estimate.
+FIRST_LOOKS = 10
+
 
 def window_ends(draws: int) -> list[int]:
     """The draws of warm-up, counted from 1, after which the metric is set anew.
@@ -50,9 +53,9 @@ class StepRule(ABC):
 
     step_size: float
 
-    def start(self, run: Run) -> None:
+    def start(self, run: Run, metric_is_unknown: bool) -> None:
         """Look at where the chains start."""
-        del run
+        del run, metric_is_unknown
 
     @abstractmethod
     def observe(self, run: Run, stats: Tensor, draw: int, draws: int) -> None:
@@ -112,6 +115,22 @@ class Warmup:
         self._draw = 0
         self.metric: Metric | None = None
 
+    def start(self, run: Run) -> None:
+        """Look at where the chains start."""
+        if self.learner is not None and self.learner.knows_at_once:
+            for _ in range(FIRST_LOOKS):
+                self._observe(run)
+            self.metric = self.learner.estimate()
+            run.change_metric(self.metric)
+        if self.step_rule is not None:
+            self.step_rule.start(run, self.learner is not None and not self.learner.knows_at_once)
+        run.forget_numbers()
+
+    def _observe(self, run: Run) -> None:
+        assert self.learner is not None
+        moving = ~run.stopped
+        self.learner.observe(run.position[moving], run.gradient()[moving] if self.learner.needs_gradient else None)
+
     def __call__(self, run: Run, stats: Tensor) -> None:
         """Learn from one draw of all chains, but those that were stopped.
 
@@ -120,13 +139,12 @@ class Warmup:
         if self._draw >= self.draws:
             return
         self._draw += 1
-        moving = ~run.stopped
         if self.step_rule is not None:
-            self.step_rule.observe(run, stats[moving], self._draw, self.draws)
+            self.step_rule.observe(run, stats[~run.stopped], self._draw, self.draws)
             run.forget_numbers()
         if self.learner is None or not self._ends or self._draw <= self._first:
             return
-        self.learner.observe(run.position[moving], run.gradient()[moving] if self.learner.needs_gradient else None)
+        self._observe(run)
         if self._draw == self._ends[0]:
             self._ends.pop(0)
             self.metric = self.learner.estimate()

@@ -8,15 +8,15 @@ changing with the position would need a drift of its own (the Γ of :class:`~bnn
     DrawCovariance   G = covariance of the draws                                   ``"dense"``
     RMSprop          G ∝ 1 / (δ + √E[g²]) per coordinate, g minibatch gradients
     LayerWise        G ∝ 1 / √(mean E[g²]) per site
+    Kronecker        G = (A ⊗ S + prior's precision)⁻¹ per weight; see :mod:`bnn.kernels.kronecker`
 
-In the last two only ratios come from the gradients: G is scaled to a largest entry of one, so that a step size keeps
-its meaning in the flattest coordinates.
+In RMSprop and LayerWise only ratios come from the gradients: G is scaled to a largest entry of one, so that a step
+size keeps its meaning in the flattest coordinates. These and Kronecker have a first estimate before the first draw.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bnn.kernels._metric import Metric, Scaling, Triangular
 from bnn.kernels.schedules import check_setting
-from bnn.structure import Site
+from bnn.potential import Potential
 
 # The largest dimension for which a dense metric is kept: 2,000² numbers of 8 bytes are 32 MB.
 LARGEST_DENSE = 2_000
@@ -35,14 +35,16 @@ LARGEST_DENSE = 2_000
 class Learner(ABC):
     """What learns a metric in one run.
 
-    :param sites: the model's latent sites.
-    :param like: a vector of ``dim`` numbers in the precision and on the device of the chains.
+    :param potential: the recorded model.
+    :ivar like: a vector of ``dim`` zeros in the precision and on the device of the chains.
     """
 
     needs_gradient = False
+    knows_at_once = False  # whether a start is enough for a first estimate
 
-    def __init__(self, sites: Mapping[str, Site], like: Tensor) -> None:
-        self.sites, self.like = sites, like
+    def __init__(self, potential: Potential) -> None:
+        self.potential = potential
+        self.like = torch.zeros(potential.dim, dtype=potential.dtype, device=potential.device)
 
     @abstractmethod
     def start(self) -> Metric:
@@ -61,7 +63,7 @@ class Preconditioner(ABC):
     """How a metric is learnt: the settings, which a kernel keeps. Give one as ``mass=`` or ``preconditioner=``."""
 
     @abstractmethod
-    def learner(self, sites: Mapping[str, Site], like: Tensor) -> Learner:
+    def learner(self, potential: Potential) -> Learner:
         """What learns it in one run."""
 
 
@@ -69,8 +71,8 @@ class Preconditioner(ABC):
 
 
 class _DrawLearner(Learner):
-    def __init__(self, sites: Mapping[str, Site], like: Tensor, dense: bool) -> None:
-        super().__init__(sites, like)
+    def __init__(self, potential: Potential, dense: bool) -> None:
+        super().__init__(potential)
         self.dense = dense
         self._welford = WelfordCovariance(diagonal=not dense)
 
@@ -105,9 +107,9 @@ class DrawVariances(Preconditioner):
     tensor(True)
     """
 
-    def learner(self, sites: Mapping[str, Site], like: Tensor) -> Learner:
+    def learner(self, potential: Potential) -> Learner:
         """What learns it in one run."""
-        return _DrawLearner(sites, like, dense=False)
+        return _DrawLearner(potential, dense=False)
 
 
 @dataclass(frozen=True)
@@ -127,17 +129,17 @@ class DrawCovariance(Preconditioner):
     tensor(True)
     """
 
-    def learner(self, sites: Mapping[str, Site], like: Tensor) -> Learner:
+    def learner(self, potential: Potential) -> Learner:
         """What learns it in one run.
 
         :raises ValueError: for a model of too many coordinates.
         """
-        if len(like) > LARGEST_DENSE:
+        if potential.dim > LARGEST_DENSE:
             raise ValueError(
-                f"a dense metric for {len(like)} coordinates would hold {len(like) ** 2:.1e} numbers (at most "
+                f"a dense metric for {potential.dim} coordinates would hold {potential.dim**2:.1e} numbers (at most "
                 f"{LARGEST_DENSE} coordinates): use 'auto', RMSprop() or LayerWise()."
             )
-        return _DrawLearner(sites, like, dense=True)
+        return _DrawLearner(potential, dense=True)
 
 
 # ---- from the gradients
@@ -146,12 +148,12 @@ class DrawCovariance(Preconditioner):
 class _GradientLearner(Learner):
     """Second moments of minibatch gradients, averaged with exponential weights, none on the zeros they start with."""
 
-    needs_gradient = True
+    needs_gradient = knows_at_once = True
 
-    def __init__(self, sites: Mapping[str, Site], like: Tensor, decay: float, damping: float, layer_wise: bool) -> None:
-        super().__init__(sites, like)
+    def __init__(self, potential: Potential, decay: float, damping: float, layer_wise: bool) -> None:
+        super().__init__(potential)
         self.decay, self.damping, self.layer_wise = decay, damping, layer_wise
-        self._square = torch.zeros_like(like, dtype=torch.float64)
+        self._square = torch.zeros_like(self.like, dtype=torch.float64)
         self._weight = 0.0
 
     def start(self) -> Metric:
@@ -167,7 +169,7 @@ class _GradientLearner(Learner):
         square = self._square / self._weight
         if self.layer_wise:
             square = square.clone()
-            for site in self.sites.values():
+            for site in self.potential.sites.values():
                 square[site.slice] = square[site.slice].mean()
         root = square.sqrt()
         inverse = 1.0 / (self.damping * root.mean() + root).clamp_min(torch.finfo(self.like.dtype).tiny)
@@ -202,12 +204,12 @@ class RMSprop(Preconditioner):
 
     def __post_init__(self) -> None:
         """:raises ValueError: for a decay outside [0, 1) or a damping that is negative."""
-        _check_decay(self.decay)
+        check_decay(self.decay)
         check_setting("damping", self.damping)
 
-    def learner(self, sites: Mapping[str, Site], like: Tensor) -> Learner:
+    def learner(self, potential: Potential) -> Learner:
         """What learns it in one run."""
-        return _GradientLearner(sites, like, self.decay, self.damping, layer_wise=False)
+        return _GradientLearner(potential, self.decay, self.damping, layer_wise=False)
 
 
 @dataclass(frozen=True)
@@ -228,14 +230,15 @@ class LayerWise(Preconditioner):
 
     def __post_init__(self) -> None:
         """:raises ValueError: for a decay outside [0, 1)."""
-        _check_decay(self.decay)
+        check_decay(self.decay)
 
-    def learner(self, sites: Mapping[str, Site], like: Tensor) -> Learner:
+    def learner(self, potential: Potential) -> Learner:
         """What learns it in one run."""
-        return _GradientLearner(sites, like, self.decay, 0.0, layer_wise=True)
+        return _GradientLearner(potential, self.decay, 0.0, layer_wise=True)
 
 
-def _check_decay(decay: float) -> None:
+def check_decay(decay: float) -> None:
+    """:raises ValueError: for the weight of the past in a running mean that is not one."""
     if not 0.0 <= decay < 1.0:
         raise ValueError(f"decay is {decay!r}; give a number from 0 to below 1.")
 
@@ -254,7 +257,7 @@ def preconditioner_of(name: str, value: Any) -> Preconditioner | None:
         return None
     if value not in _NAMED:
         raise ValueError(
-            f"{name} is {value!r}; give a number, a dict of numbers per site, a vector, 'auto', 'dense', RMSprop() or "
-            "LayerWise()."
+            f"{name} is {value!r}; give a number, a dict of numbers per site, a vector, 'auto', 'dense', RMSprop(), "
+            "LayerWise() or Kronecker()."
         )
     return _NAMED[value]()

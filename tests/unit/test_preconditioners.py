@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.linalg import solve_discrete_lyapunov
 
+from bnn import Potential
 from bnn.kernels import (
     AMAGOLD,
     GGMC,
@@ -16,6 +17,7 @@ from bnn.kernels import (
     SGNHT,
     DrawCovariance,
     DrawVariances,
+    Kronecker,
     LayerWise,
     Preconditioner,
     RMSprop,
@@ -42,14 +44,13 @@ class Fixed(Preconditioner):
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
 
-    def learner(self, sites, like):
-        del sites
-        return _FixedLearner(self.metric, like)
+    def learner(self, potential):
+        return _FixedLearner(self.metric, potential)
 
 
 class _FixedLearner(Learner):
-    def __init__(self, metric: Metric, like: torch.Tensor) -> None:
-        super().__init__({}, like)
+    def __init__(self, metric: Metric, potential: Potential) -> None:
+        super().__init__(potential)
         self.metric = metric
 
     def start(self):
@@ -246,3 +247,75 @@ def test_minibatches(build, rule):
 def test_bad_settings(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def multivariate(x: torch.Tensor, y: torch.Tensor, size: int | None = None) -> None:
+    """Two outputs of one layer with a bias, noise of different size, and a wide prior."""
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(2, 3, dtype=x.dtype), 100.0).to_event(2))
+    bias = pyro.sample("bias", dist.Normal(torch.zeros(2, dtype=x.dtype), 0.5).to_event(1))
+    with pyro.plate("data", len(x), subsample_size=size) as rows:
+        scale = torch.tensor([0.5, 2.0], dtype=x.dtype)
+        pyro.sample("y", dist.Normal(x[rows] @ weight.mT + bias, scale).to_event(1), obs=y[rows])
+
+
+@pytest.mark.parametrize("size", [None, 50])
+def test_kronecker(size):
+    """A layer with Gaussian outputs has the curvature XᵀX ⊗ diag(1/σ²), to which K-FAC's factors are exact."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 3, dtype=torch.float64) @ torch.tensor(matrix(METRICS["triangular"]))
+    y = torch.randn(400, 2, dtype=torch.float64)
+    kernel = SGLD(multivariate, step_size=1e-9, preconditioner=Kronecker(damping=0.0), compile="fx")
+    kernel.num_chains = 4
+    kernel.setup(100, x, y, size)
+    for _ in range(100):
+        kernel.advance()
+    metric = kernel._running.metric
+    factor = metric.forward(torch.eye(8, dtype=torch.float64), metric.tensors).mT
+    u = torch.randn(5, 8, dtype=torch.float64)
+    torch.testing.assert_close(metric.inverse(metric.forward(u, metric.tensors)), u)
+    torch.testing.assert_close(metric.pull_back(u, metric.tensors), u @ factor)
+    sites = kernel.potential.sites
+    weight, bias = factor[sites["weight"].slice], factor[sites["bias"].slice]
+    precision = torch.tensor([4.0, 0.25], dtype=torch.float64)
+    wanted = torch.linalg.inv(torch.kron(precision.diag(), x.mT @ x))
+    ratio = torch.linalg.eigvals(torch.linalg.solve(wanted, (weight @ weight.mT)[:, :]))
+    low, high = (0.9, 1.1) if size is None else (0.8, 1.25)
+    relative = ratio.real[ratio.real > 1e-9]
+    assert len(relative) == 6 and relative.min() > low and relative.max() < high
+    torch.testing.assert_close((bias @ bias.mT).diag(), 1 / (400 * precision + 4.0), rtol=0.25, atol=0)
+
+
+def test_kronecker_makes_a_hard_problem_easy():
+    """Inputs of condition number 10⁴: in the metric all directions have unit variance, and one step size serves all."""
+    pyro.set_rng_seed(0)
+    x = torch.randn(200, 3, dtype=torch.float64) * torch.tensor([10.0, 1.0, 0.1], dtype=torch.float64)
+    y = torch.randn(200, 2, dtype=torch.float64)
+    kernel = SGHMC(multivariate, step_size="auto", friction=1.0, mass=Kronecker(), compile="fx", steps_per_sample=3)
+    mcmc = MCMC(kernel, num_samples=1500, warmup_steps=300, num_chains=4, disable_progbar=True)
+    mcmc.run(x, y)
+    found = mcmc.get_samples()["weight"].var(0)
+    wanted = torch.outer(torch.tensor([0.25, 4.0], dtype=x.dtype), torch.linalg.inv(x.mT @ x).diag())
+    assert (found / wanted - 1).abs().max() < 0.25
+
+
+def unrecordable(x: torch.Tensor, y: torch.Tensor) -> None:
+    scale = pyro.sample("scale", dist.LogNormal(torch.zeros((), dtype=x.dtype), 1.0))
+    pyro.sample("y", dist.Normal(0.0, scale if scale > 1 else 2 * scale).expand([len(x)]).to_event(1), obs=x[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:the model cannot be recorded")
+def test_kronecker_refuses():
+    x, y = torch.randn(40, 3, dtype=torch.float64), torch.randn(40, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="damping is -1.0; give a finite number >= 0"):
+        Kronecker(damping=-1.0)
+    with pytest.raises(ValueError, match="Kronecker\\(\\) needs a model that can be recorded: .* Use RMSprop\\(\\)"):
+        SGLD(unrecordable, step_size=0.1, preconditioner=Kronecker()).setup(20, x, y)
+    loader = [(x[:20], y[:20]), (x[20:], y[20:])]
+
+    def streamed(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 3, dtype=x.dtype), 1.0).to_event(2))
+        with pyro.plate("data", 40, subsample_size=len(x)):
+            pyro.sample("y", dist.Normal(x @ w.mT, 1.0).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match="Kronecker\\(\\) needs all data as arguments of run"):
+        SGLD(streamed, step_size=0.1, preconditioner=Kronecker(), batches=loader).setup(20)

@@ -124,6 +124,10 @@ def to_arviz(
             group = "prior_predictive" if name in observed else "prior"
             groups.setdefault(group, {})[name] = _numpy(value)[None]
     attrs = {"posterior": _attributes(posterior, thin)}
+    facts = getattr(posterior, "run_facts", None)
+    if facts:
+        attrs["sample_stats"] = dict(facts)
+        dims, coords = _with_sites(stats, facts["site_name"], dims, coords)
     return assemble(groups, coords=coords, dims=dims, pred_dims=pred_dims, attrs=attrs)
 
 
@@ -168,6 +172,20 @@ def assemble(
         if predictions:  # ArviZ 0.x would give predictions_constant_data the dimensions of constant_data
             result.extend(from_dict(**predictions, coords=names, dims=pred_named))
     return result
+
+
+def _with_sites(
+    stats: Mapping[str, Any],
+    sites: Sequence[str],
+    dims: Mapping[str, Sequence[str]] | None,
+    coords: Mapping[str, Sequence[Any]] | None,
+) -> tuple[dict[str, Sequence[str]], dict[str, Sequence[Any]]]:
+    """Dimensions and coordinates, with those of statistics per site; named otherwise if ``site`` is taken."""
+    dims, coords = dict(dims or {}), dict(coords or {})
+    taken = {*coords, *(name for names in dims.values() for name in names)}
+    label = "latent_site" if "site" in taken else "site"
+    own = [name for name, value in stats.items() if value.ndim == 3 and name not in dims]
+    return {**dims, **{name: [label] for name in own}}, {**coords, label: list(sites)} if own else coords
 
 
 def _draws_and_stats(posterior: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,6 +3,9 @@
 Kinetic: rᵀM⁻¹r / d, whose expectation is T; over K independent draws d·K times it is T·χ²_{dK}.
 Configurational: zᵀ∇U(z) / d, whose expectation is T for any confining U (the virial theorem).
 
+Both hold for each site by itself, and for d numbers of it: its momenta are independent of the others, and zₗᵀ∇ₗU
+integrates by parts.
+
 Leimkuhler and Matthews (2015), "Molecular dynamics", section 6.1.5; Wenzel et al. (2020), ICML, appendix I.
 """
 
@@ -92,9 +95,11 @@ def wrong_temperature(sample_stats: Mapping[str, Any], dim: int, tolerance: floa
     if m.low <= m.mean <= m.high or abs(m.mean - asked) <= tolerance * asked:
         return None
     remedy = (
-        "minibatch noise heats them: use a smaller step_size, larger minibatches, or more friction"
+        "minibatch noise (or a long step of the symplectic_euler integrator) heats them: use a smaller step_size, "
+        "larger minibatches, or more friction"
         if m.mean > asked
-        else "they have not settled: use more warm-up or more friction"
+        else "they have not settled, or the step is long for the baoab integrator: use more warm-up, more friction, or "
+        "a smaller step_size"
     )
     if "implied_temperature" in sample_stats:
         implied = np.asarray(sample_stats["implied_temperature"], dtype=float)
@@ -103,27 +108,61 @@ def wrong_temperature(sample_stats: Mapping[str, Any], dim: int, tolerance: floa
     return f"the chains ran at kinetic temperature {m.mean:.3g}, not at the {asked:.3g} asked for; {remedy}."
 
 
-def verdict(sample_stats: Mapping[str, Any], dim: int, tolerance: float = 0.05) -> str:
+LABELS = {"configurational_temperature": "positions", "kinetic_temperature": "momenta"}
+
+
+def verdict(
+    sample_stats: Mapping[str, Any], dim: int, tolerance: float = 0.05, sites: Mapping[str, int] | None = None
+) -> str:
     """In words: whether the law that was measured is the one that was asked for, and if not, what likely is the cause.
 
-    A measured temperature counts as the one asked for if it lies within ``tolerance`` of it or inside its 99 % region.
+    A measured temperature counts as the one asked for if it lies within ``tolerance`` of it or inside its 99 % region;
+    those of sites, inside the region that all of them share with 99 %. The site that is farthest off is named.
+
+    :param sites: name -> number of coordinates, in the order of the statistics per site.
 
     >>> stats = {"temperature": np.ones((1, 9)), "kinetic_temperature": np.ones((1, 9))}
     >>> verdict(stats, dim=100)
     'asked T = 1, measured 1 +- 0 (momenta): as asked.'
     """
     asked = float(np.mean(np.asarray(sample_stats["temperature"], dtype=float)))
-    labels = {"configurational_temperature": "positions", "kinetic_temperature": "momenta"}
-    found = {label: measure(sample_stats, name, dim) for name, label in labels.items() if name in sample_stats}
+    found = {label: measure(sample_stats, name, dim) for name, label in LABELS.items() if name in sample_stats}
     said = ", ".join(f"{m.mean:.3g} +- {m.error:.1g} ({label})" for label, m in found.items())
-    off = {
-        label: m
-        for label, m in found.items()
-        if not (m.low <= m.mean <= m.high or abs(m.mean - asked) <= tolerance * asked)
-    }
+    off = {label: m for label, m in found.items() if not _is_near(m, asked, tolerance)}
+    worst = worst_site(sample_stats, sites or {}, tolerance)
+    if worst is not None:
+        name, label, m = worst
+        off.setdefault(label, m)
+        said += f", site {name!r} at {m.mean:.3g} +- {m.error:.1g} ({label})"
     if not off:
         return f"asked T = {asked:.3g}, measured {said}: as asked."
     return f"asked T = {asked:.3g}, but measured {said}: {_cause(sample_stats, asked, off)}."
+
+
+def _is_near(m: MeasuredTemperature, asked: float, tolerance: float) -> bool:
+    return m.low <= m.mean <= m.high or abs(m.mean - asked) <= tolerance * asked
+
+
+def worst_site(
+    sample_stats: Mapping[str, Any], sites: Mapping[str, int], tolerance: float = 0.05
+) -> tuple[str, str, MeasuredTemperature] | None:
+    """The site farthest from the temperature asked for, ``"momenta"`` or ``"positions"``, and what was measured there.
+
+    None if all sites are where an unbiased run has all of them with 99 % (Bonferroni), or within ``tolerance``.
+    """
+    asked = float(np.mean(np.asarray(sample_stats["temperature"], dtype=float)))
+    found: list[tuple[float, str, str, MeasuredTemperature]] = []
+    if len(sites) < 2 or asked == 0.0:
+        return None
+    for kind, label in LABELS.items():
+        if f"site_{kind}" not in sample_stats:
+            continue
+        values = np.asarray(sample_stats[f"site_{kind}"], dtype=float)
+        for column, (name, size) in enumerate(sites.items()):
+            m = measure({**sample_stats, kind: values[..., column]}, kind, size, level=1.0 - 0.01 / len(sites))
+            if not _is_near(m, asked, tolerance):
+                found.append((abs(m.mean - asked), name, label, m))
+    return max(found, key=lambda one: one[0])[1:] if found else None
 
 
 def _cause(sample_stats: Mapping[str, Any], asked: float, off: Mapping[str, MeasuredTemperature]) -> str:
@@ -132,8 +171,14 @@ def _cause(sample_stats: Mapping[str, Any], asked: float, off: Mapping[str, Meas
         return "momentum_scale draws momenta at another temperature; leave it 'auto'"
     if "momenta" in off:
         if off["momenta"].mean > asked:
-            return "noise of the minibatch gradients heats the chains; smaller step_size or larger minibatches"
-        return "the momenta have not settled; more warm-up or more friction"
+            return (
+                "noise of the minibatch gradients heats the chains, or a long step of symplectic_euler the momenta "
+                "alone; smaller step_size or larger minibatches"
+            )
+        return (
+            "the momenta have not settled, or the step is long for baoab, whose momenta are then too cold and "
+            "positions right; more warm-up or friction, or a smaller step_size"
+        )
     if off["positions"].mean > asked:
         return (
             "the step_size is too large for the steepest directions, or the chains still descend; halve it and compare"

@@ -44,6 +44,7 @@ class StochasticGradientKernel(MCMCKernel):
     gradients_per_step = 1
     noises_per_step = 1
     metropolised = False
+    balances_norms = False  # whether the rates at which norms change are known: bnn/norm_identities.py
     evaluates_at_draws = True  # whether the last gradient of a step is met at a place with the law of the draws
     metric: Preconditioner | None = None  # how the metric is learnt in warm-up, if it is
 

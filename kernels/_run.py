@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from bnn.kernels._coordinates import Number
+from bnn.kernels._draw_statistics import DrawStatistics
 from bnn.kernels._metric import Identity, Metric
+from bnn.kernels._norm_rates import norm_rates
 from bnn.kernels.schedules import Schedule, value_at
 from bnn.potential import Potential
 from bnn.tiers import Program
@@ -40,6 +42,7 @@ class Algorithm(Protocol):
     temperature: float | Schedule
     noises_per_step: int
     evaluates_at_draws: bool
+    balances_norms: bool
 
     def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> tuple[Tensor, ...]:
         """The state at a starting position."""
@@ -101,7 +104,7 @@ class Run:
         self.stopped = torch.zeros(chains, dtype=torch.bool, device=potential.device)
         self.any_stopped = False
         self.stopped_at: list[int | None] = [None] * chains
-        self._stat_names: list[str] | None = None
+        self._statistics: DrawStatistics | None = None
         self._table: Tensor | None = None
         self._draw_steps: list[int] = []
         self._rows = 0
@@ -151,15 +154,17 @@ class Run:
     # ---- statistics
 
     @property
+    def statistics(self) -> DrawStatistics:
+        """What is measured of each draw."""
+        if self._statistics is None:
+            numbers = self.numbers_at(self.step)
+            self._statistics = DrawStatistics(self.kernel, self.potential.sites, self.state, numbers)
+        return self._statistics
+
+    @property
     def stat_names(self) -> list[str]:
         """Names of the columns of :meth:`advance`'s statistics."""
-        if self._stat_names is None:
-            names = ["energy", "gradient_norm"]
-            if self.kernel.evaluates_at_draws:
-                names.append("configurational_temperature")
-            known = self._of_state(self.state, self.numbers_at(self.step), self.metric.tensors)
-            self._stat_names = [*names, *known]
-        return self._stat_names
+        return self.statistics.names
 
     def record(self, stats: Tensor) -> None:
         """Append one draw's statistics."""
@@ -196,7 +201,7 @@ class Run:
         """Statistics of the draws after warm-up: name -> ``(chains, draws)``."""
         table = self.table()
         draws = len(table)
-        stats = {name: table[:, :, row].T.contiguous() for row, name in enumerate(self.stat_names)}
+        stats = self.statistics.arrays(table)
         steps = self._draw_steps
         for name, setting in self.kernel.settings().items():
             values = torch.tensor([value_at(setting, step) for step in steps], dtype=torch.float64)
@@ -212,15 +217,30 @@ class Run:
                 stats["cycle_position"] = position.expand(self.chains, draws).contiguous()
                 stats["cycle"] = cycle.expand(self.chains, draws).contiguous()
                 break
+        for name, values in self._clock().items():
+            stats[name] = values.expand(self.chains, draws).contiguous()
+        if self.kernel.balances_norms:
+            doubles = {name: values.double().numpy() for name, values in stats.items()}
+            found = norm_rates(self.kernel, steps, self.potential.dim, doubles, doubles["temperature"])
+            stats.update({name: torch.from_numpy(values) for name, values in found.items()})
         stats["diverging"] = torch.zeros(self.chains, draws, dtype=torch.bool)
         for chain, entry in enumerate(self.chain_diagnostics()):
             stats["diverging"][chain, entry["divergences"]] = True
         return stats
 
+    def _clock(self) -> dict[str, Tensor]:
+        """The number of each draw's step, and the sum of the step sizes up to it."""
+        steps, size = torch.tensor(self._draw_steps, dtype=torch.int64), self.kernel.settings()["step_size"]
+        if isinstance(size, Schedule):
+            sizes = torch.tensor([size.value_at(step) for step in range(self.step)], dtype=torch.float64)
+            return {"step": steps, "time": sizes.cumsum(0)[steps]}
+        return {"step": steps, "time": (steps + 1).double() * size}
+
     # ---- the recorded step
 
     def prepare(self, inputs: list[Tensor]) -> None:
         """Record the step, so that what cannot work fails before any sampling."""
+        _ = self.statistics  # its constants are no part of a recording
         steps = self.kernel.steps_to_draw(0)
         draws = self.planned_steps // steps
         even = self.potential.batches is None  # a loader's last batch may be smaller
@@ -287,13 +307,17 @@ class Run:
             for step in range(steps):
                 batch = batches[step * num_inputs : (step + 1) * num_inputs]
                 numbers = rest if self.constant else rest[step * coefficients : (step + 1) * coefficients]
+                before = state
                 state, evaluation = self.kernel.update(
                     state,
                     lambda u, batch=batch: self._energy_and_grad(u, batch, metric),  # type: ignore[misc]
                     noise[step * noises : (step + 1) * noises],
                     numbers,
                 )
-            return (*state, self._stats(state, evaluation, numbers, metric)) if observed else tuple(state)
+            if not observed:
+                return tuple(state)
+            position = self.metric.forward(state[0], metric)
+            return (*state, self.statistics.row(before, state, evaluation, position, numbers))
 
         noise = torch.zeros(steps * noises, self.chains, self.potential.dim, dtype=self.potential.dtype)
         noise = noise.to(self.potential.device)
@@ -330,36 +354,9 @@ class Run:
         rows = torch.tensor(values, dtype=dtype, device=device).unbind(0)
         return {start + number: row.unbind(0) for number, row in enumerate(rows)}
 
-    def _stats(
-        self, state: Any, evaluation: Evaluation, coefficients: Sequence[Tensor], metric: Sequence[Tensor]
-    ) -> Tensor:
-        position, energy, grad = evaluation
-        rows = [energy, torch.linalg.vector_norm(grad, dim=-1)]
-        if self.kernel.evaluates_at_draws:
-            rows.append((position * grad).mean(-1))
-        return torch.stack([*rows, *self._of_state(state, coefficients, metric).values()], -1)
-
-    def _of_state(self, state: Any, coefficients: Sequence[Tensor], metric: Sequence[Tensor]) -> dict[str, Tensor]:
-        """What is said of a state, name -> ``(chains,)``."""
-        position = self.metric.forward(state[0], metric)
-        columns = {"squared_norm": torch.linalg.vector_norm(position, dim=-1).square()}
-        moving = self.kernel.momentum_of(state, coefficients)
-        if moving is not None:
-            momentum, inverse_mass = moving
-            norm = torch.linalg.vector_norm(momentum, dim=-1).square()
-            kinetic = norm * inverse_mass if inverse_mass.dim() == 0 else (momentum.square() * inverse_mass).sum(-1)
-            columns["kinetic_temperature"] = kinetic / momentum.shape[-1]
-            columns["momentum_squared_norm"] = norm
-            columns["position_momentum"] = (state[0] * momentum).sum(-1)
-        return {**columns, **self.kernel.extra_stats(state)}
-
     def with_state(self, stats: Tensor) -> Tensor:
         """``stats`` with what is said of the present state said anew."""
-        columns = dict(zip(self.stat_names, stats.unbind(-1), strict=True))
-        columns.update(self._of_state(self.state, self.numbers_at(self.step), self.metric.tensors))
-        if hasattr(self.state, "energy"):
-            columns["energy"] = self.state.energy.squeeze(-1)
-        return torch.stack(list(columns.values()), -1)
+        return self.statistics.with_state(stats, self.state, self.position, self.numbers_at(self.step))
 
     # ---- chains that leave the finite numbers
 

@@ -22,6 +22,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bnn.kernels._base import StochasticGradientKernel
+from bnn.kernels._clock import Clock
+from bnn.run_statistics import site_facts
+from bnn.sampling_cost import describe_efficiency
 from bnn.temperature import describe_temperatures, verdict, wrong_temperature
 
 METHODS = ("vectorized", "sequential", "parallel")
@@ -118,6 +121,7 @@ class MCMC(PyroMCMC):
         self._save, self._hook, self._disable_progbar = save, hook_fn, disable_progbar
         self._asked_samples, self._asked_chains = num_samples, num_chains
         self._dim = 0
+        self._facts: dict[str, Any] = {}
         self._diagnostics = [None] * num_chains
         self._sample_stats: dict[str, Tensor] = {}
         self._initial = initial_params
@@ -165,6 +169,7 @@ class MCMC(PyroMCMC):
 
     def _run_groups(self, groups: Sequence[range], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         finished: list[_Draws] = []
+        self._facts = {"setup_time": 0.0, "warmup_time": 0.0, "sampling_time": 0.0, "gradient_evaluations": 0}
         for group in groups:
             try:
                 draws = self._run_group(group, args, kwargs)
@@ -213,8 +218,11 @@ class MCMC(PyroMCMC):
         kernel.initial_params = (
             None if initial is None else {n: v[chains.start : chains.stop] for n, v in initial.items()}
         )
+        start = time.perf_counter()
         try:
             kernel.setup(warmup, *args, **kwargs)
+            self._facts["setup_time"] += time.perf_counter() - start
+            self._facts.update(site_facts(kernel.potential.sites))
             draws = _Draws(kernel, len(chains), self.num_samples, self._save)
             self._dim = kernel.potential.dim
             with tqdm(total=warmup + self.num_samples, disable=self._disable_progbar, desc="Warmup" + label) as bar:
@@ -232,12 +240,14 @@ class MCMC(PyroMCMC):
 
     def _draw(self, draws: _Draws, bar: Any, label: str) -> None:
         kernel, hook, shown = self.kernel, self._hook, 0.0
+        clock = Clock(self._facts, kernel)
         for i in range(self.warmup_steps + self.num_samples):
             if i == self.warmup_steps:
                 bar.set_description("Sample" + label, refresh=False)
                 if kernel.warmup_report and not self._disable_progbar:
                     bar.write(f"Warm-up chose {kernel.warmup_report}.")
             kernel.advance()
+            clock.tick(i < self.warmup_steps)
             if i >= self.warmup_steps:
                 draws.add(kernel.position)
             if hook is not None:
@@ -274,6 +284,12 @@ class MCMC(PyroMCMC):
         self._check_run()
         return self._sample_stats
 
+    @property
+    def run_facts(self) -> dict[str, Any]:
+        """Sites, seconds of setup, warm-up and sampling, and gradients of single chains while sampling."""
+        self._check_run()
+        return dict(self._facts)
+
     def diagnostics(self) -> dict[str, Any]:
         """Effective sample size and split R-hat per site, and the kernel's diagnostics per chain.
 
@@ -297,6 +313,7 @@ class MCMC(PyroMCMC):
         if self._sample_stats:
             print(self.temperature_report())
             print(f"Verdict: {self.temperature_verdict()}")
+            print(describe_efficiency(self))
         for report in dict.fromkeys(entry["warm-up chose"] for entry in self._diagnostics if "warm-up chose" in entry):
             print(f"Warm-up chose {report}.")
         if self._diagnostics[0] and "divergences" in self._diagnostics[0]:
@@ -318,7 +335,8 @@ class MCMC(PyroMCMC):
         """
         if not self.sample_stats:
             raise RuntimeError("there are no statistics to measure a temperature by: the kernel is not one of bnn's.")
-        return verdict({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim)
+        sizes = dict(zip(self._facts["site_name"], self._facts["site_size"], strict=True))
+        return verdict({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim, sites=sizes)
 
     def _small_sites(self) -> dict[str, Tensor]:
         """Draws of the sites whose effective sample sizes are worth their cost, none for fewer than four draws."""

@@ -154,6 +154,8 @@ class SGHMC(MomentumKernel):
     True
     """
 
+    balances_norms = True
+
     def __init__(
         self,
         model: Callable[..., Any],

@@ -116,6 +116,17 @@ def test_attributes(arviz_data, az):
     assert schedule["posterior"].attrs["temperature"] == "[1, 2]"
 
 
+def test_statistics_per_site(arviz_data, az):
+    run = run_of({"z": draws()}, stats={"energy": draws(), "site_kinetic_temperature": draws(2)})
+    run.run_facts = {"site_name": ["a", "b"], "site_size": [3, 4], "sampling_time": 1.5}
+    stats = arviz_data.to_arviz(run, thin=2)["sample_stats"]
+    assert stats["site_kinetic_temperature"].dims == ("chain", "draw", "site")
+    assert stats["site"].values.tolist() == ["a", "b"]
+    np.testing.assert_array_equal(stats["site_kinetic_temperature"], draws(2)[:, ::2])
+    assert stats.attrs["site_size"] == [3, 4] and stats.attrs["sampling_time"] == 1.5
+    assert stats["energy"].dims == ("chain", "draw")
+
+
 def test_divergences_stand_in_their_own_chain_beyond_ten_chains(arviz_data, az):
     divergences = [[] for _ in range(CHAINS)]
     divergences[2], divergences[10] = [3, 39, 40], [0]  # the 40th draw was cut off by an interrupt

@@ -162,8 +162,8 @@ def test_streaming(case):
 def test_statistics_per_draw(case):
     mcmc = ours("vectorized")(case.build(targets.regression), 7, warmup_steps=3, num_chains=2)
     mcmc.run(*DATA)
-    stats = mcmc.sample_stats
-    expected = {"energy", "gradient_norm", "squared_norm", "step_size", "temperature", "diverging"}
+    stats = dict(mcmc.sample_stats)
+    expected = {"energy", "gradient_norm", "squared_norm", "step_size", "temperature", "diverging", "step", "time"}
     if case.kernel.evaluates_at_draws:
         expected |= {"configurational_temperature"}
     if case.has_momentum:
@@ -171,7 +171,13 @@ def test_statistics_per_draw(case):
         expected |= set() if case.settings["friction"] is None else {"friction"}
     if case.cycles:
         expected |= {"cycle_position", "cycle"}
-    assert set(stats) == expected | case.extra_stats
+    if case.kernel.balances_norms:
+        expected |= {"momentum_gradient"}
+        norms = ("squared_norm", "position_momentum", "momentum_squared_norm") if "mass" not in case.settings else ()
+        expected |= {f"{norm}_{rate}" for norm in norms for rate in ("rate", "sde_rate")}
+    per_site = {f"site_{name}" for name in expected if name.endswith("_temperature")}
+    assert set(stats) == expected | per_site | case.extra_stats
+    assert all(stats.pop(name).shape == (2, 7, 2) for name in per_site)
     assert all(value.shape == (2, 7) and torch.isfinite(value.double()).all() for value in stats.values())
     if case.name == "sgld_cycles":  # draws 3 to 9 of a cycle of 5 steps
         assert stats["cycle_position"][0].tolist() == pytest.approx([0.6, 0.8, 0.0, 0.2, 0.4, 0.6, 0.8])

@@ -9,13 +9,15 @@ import pytest
 import torch
 from scipy import stats
 
-from bnn.kernels import MCMC, SGHMC
+from bnn import to_arviz
+from bnn.kernels import AMAGOLD, MCMC, SGHMC
 from bnn.temperature import (
     describe_temperatures,
     effective_draws,
     kinetic_region,
     measure,
     verdict,
+    worst_site,
     wrong_temperature,
 )
 from support import targets
@@ -133,6 +135,137 @@ def temperatures(kinetic: float, configurational: float, **extra: float) -> dict
     return {"temperature": np.ones((4, 400)), **drawn, **{name: np.full((4, 400), v) for name, v in extra.items()}}
 
 
+def per_site(momenta: list[float], positions: list[float], size: int = 50) -> dict[str, np.ndarray]:
+    """As :func:`temperatures`, of sites of ``size`` coordinates each, and of all of them."""
+    random = np.random.default_rng(1)
+    result = {"temperature": np.ones((4, 400))}
+    for kind, means in {"kinetic_temperature": momenta, "configurational_temperature": positions}.items():
+        result[f"site_{kind}"] = np.array(means) * random.chisquare(size, (4, 400, len(means))) / size
+        result[kind] = result[f"site_{kind}"].mean(-1)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (per_site([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]), None),
+        (per_site([1.0, 1.04, 0.96], [1.0, 1.0, 1.0]), None),  # within the tolerance
+        (per_site([0.65, 1.4, 1.0], [1.0, 1.0, 1.0]), "site 'b' at 1.4"),  # as asked in the mean
+        (per_site([1.0, 1.0, 1.0], [1.2, 1.0, 0.6]), "site 'c' at 0.599"),
+        (per_site([1.0, 1.0, 1.5], [1.0, 1.0, 1.2]), "site 'c' at 1.49"),
+    ],
+)
+def test_verdict_names_the_worst_site(given, said):
+    sites = dict.fromkeys("abc", 50)
+    text = verdict(given, dim=150, sites=sites)
+    if said is None:
+        assert text.endswith("as asked.") and worst_site(given, sites) is None
+    else:
+        assert said in text and ("(momenta): " in text or "(positions): " in text)
+    cold = {**given, "temperature": np.zeros((4, 400))}
+    assert worst_site(cold, sites) is None
+
+
+def test_false_alarms_of_sites():
+    """300 runs of 20 sites of four coordinates: all of them inside in 99 % of the runs, by Bonferroni.
+
+    An alarm a run for each site by itself would come in 18 % of them; the estimate of the effective number of draws
+    may add some to the 1 %: at most 4 %.
+    """
+    generator, alarms = np.random.default_rng(4), 0
+    sites = {str(number): 4 for number in range(20)}
+    for _ in range(300):
+        values = generator.chisquare(4, (2, 100, 20)) / 4
+        given = {"temperature": np.ones((2, 100)), "site_kinetic_temperature": values}
+        alarms += worst_site(given, sites, tolerance=0.0) is not None
+    assert alarms <= 12
+
+
+def three_sites():
+    for name, size in {"a": 3, "b": 1, "c": 6}.items():
+        pyro.sample(name, dist.StudentT(5.0, torch.zeros(size, dtype=torch.float64), 1.0).to_event(1))
+
+
+SIZES = {"a": 3, "b": 1, "c": 6}
+
+
+@pytest.mark.parametrize("matrix", [50_000, 0], ids=["one product", "slices"])
+@pytest.mark.parametrize("mass", [2.0, {"a": 2.0, "b": 0.5}], ids=["one mass", "masses"])
+def test_temperatures_per_site_are_those_of_the_state(monkeypatch, mass, matrix):
+    """Recomputed from the momenta and, by autograd, from the gradient where the step ended; and they add up."""
+    monkeypatch.setattr("bnn.kernels._draw_statistics.LARGEST_MATRIX", matrix)
+    seen = []
+
+    def hook(kernel, params, stage, i):
+        seen.append((kernel._running.state.momentum.clone(), {n: v.clone() for n, v in params.items()}))
+
+    kernel = SGHMC(three_sites, step_size=0.2, friction=1.0, mass=mass, integrator="baoab", compile="fx")
+    mcmc = MCMC(kernel, 4, 0, num_chains=3, hook_fn=hook, disable_progbar=True)
+    mcmc.run()
+    stats = mcmc.sample_stats
+    masses = mass if isinstance(mass, dict) else dict.fromkeys(SIZES, mass)
+    start = 0
+    for number, (name, size) in enumerate(SIZES.items()):
+        for draw, (momentum, params) in enumerate(seen):
+            own = momentum[:, start : start + size].square().mean(-1) / masses.get(name, 1.0)
+            torch.testing.assert_close(stats["site_kinetic_temperature"][:, draw, number], own)
+            z = params[name].requires_grad_()
+            energy = -dist.StudentT(5.0, torch.zeros(size, dtype=torch.float64), 1.0).log_prob(z).sum()
+            virial = (z * torch.autograd.grad(energy, z)[0]).mean(-1).detach()
+            torch.testing.assert_close(stats["site_configurational_temperature"][:, draw, number], virial)
+        start += size
+    weights = torch.tensor(list(SIZES.values()), dtype=torch.float64) / start
+    for kind in ("kinetic_temperature", "configurational_temperature"):
+        torch.testing.assert_close((stats[f"site_{kind}"] * weights).sum(-1), stats[kind])
+    momenta = torch.stack([momentum for momentum, _ in seen], 1)
+    torch.testing.assert_close(stats["momentum_squared_norm"], momenta.square().sum(-1))
+
+
+def test_sites_of_a_kernel_that_refuses():
+    """AMAGOLD's draw is not where its last step ended: its statistics are those of the state that was kept."""
+    seen = []
+    kernel = AMAGOLD(three_sites, step_size=0.9, friction=0.5, num_steps=2, mass={"a": 2.0}, compile="fx")
+    mcmc = MCMC(
+        kernel, 12, 0, num_chains=3, disable_progbar=True,
+        hook_fn=lambda kernel, params, stage, i: seen.append(kernel._running.state.momentum.clone()),
+    )  # fmt: skip
+    mcmc.run()
+    assert (mcmc.sample_stats["acceptance_rate"] < 1).any()
+    own = torch.stack([momentum[:, :3].square().mean(-1) / 2.0 for momentum in seen], 1)
+    torch.testing.assert_close(mcmc.sample_stats["site_kinetic_temperature"][..., 0], own)
+    assert "site_configurational_temperature" not in mcmc.sample_stats
+
+
+@pytest.mark.parametrize(("count", "known"), [(1, True), (3, True), (4, False)])
+def test_models_of_one_and_of_many_sites(monkeypatch, count, known):
+    monkeypatch.setattr("bnn.kernels._draw_statistics.MOST_SITES", 3)
+
+    def model():
+        for number in range(count):
+            pyro.sample(f"z{number}", dist.Normal(0.0, 1.0))
+
+    mcmc = MCMC(SGHMC(model, step_size=0.2, friction=1.0, compile="fx"), 5, 0, disable_progbar=True)
+    mcmc.run()
+    stats = mcmc.sample_stats
+    assert ("site_kinetic_temperature" in stats) == known
+    if known:
+        torch.testing.assert_close(stats["site_kinetic_temperature"].mean(-1), stats["kinetic_temperature"])
+    assert mcmc.temperature_verdict().startswith("asked T = 1")
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_sites_in_arviz(taken):
+    mcmc = MCMC(SGHMC(three_sites, step_size=0.2, friction=1.0, compile="fx"), 8, 0, num_chains=2, disable_progbar=True)
+    mcmc.run()
+    data = to_arviz(mcmc, dims={"a": ["site"]}, coords={"site": [7, 8, 9]}) if taken else to_arviz(mcmc)
+    found = data["sample_stats"]["site_kinetic_temperature"]
+    assert found.dims == ("chain", "draw", "latent_site" if taken else "site")
+    assert found[found.dims[2]].values.tolist() == ["a", "b", "c"]
+    np.testing.assert_array_equal(found, mcmc.sample_stats["site_kinetic_temperature"])
+    if taken:
+        assert data["posterior"]["a"].coords["site"].values.tolist() == [7, 8, 9]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -140,6 +273,8 @@ def temperatures(kinetic: float, configurational: float, **extra: float) -> dict
         (temperatures(1.03, 0.97), "as asked."),
         (temperatures(1.3, 1.3), "noise of the minibatch gradients heats the chains"),
         (temperatures(0.7, 0.9), "the momenta have not settled"),
+        (temperatures(0.7, 1.0), "or the step is long for baoab, whose momenta are then too cold and positions right"),
+        (temperatures(1.3, 1.0), "or a long step of symplectic_euler the momenta alone"),
         (temperatures(1.0, 1.4), "step_size is too large for the steepest directions"),
         (temperatures(1.0, 0.6), "have not spread yet"),
         (temperatures(0.19, 0.06, implied_temperature=0.076), "momentum_scale draws momenta at another temperature"),

@@ -1,0 +1,158 @@
+"""The statistics of a draw, in all and per site, as one row of numbers that the recorded step returns.
+
+Nearly all of them are inner products of position, momentum and gradient. On small models, where an operation costs
+more than its numbers, those of all sites are one product of matrices; on large ones they are one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bnn.structure import Site
+
+# A model of more sites has no statistics per site: they would cost more than a step.
+MOST_SITES = 64
+
+# The largest matrix (coordinates times sites) with which inner products per site are one product.
+LARGEST_MATRIX = 50_000
+
+# Means over coordinates, known per site too; the others are sums.
+PER_SITE = ("configurational_temperature", "kinetic_temperature")
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Measured(Protocol):
+    """What is asked of a kernel."""
+
+    evaluates_at_draws: bool
+    balances_norms: bool
+
+    def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Momentum and inverse mass."""
+
+    def extra_stats(self, state: Any) -> dict[str, Tensor]:
+        """Statistics of its own."""
+
+
+class DrawStatistics:
+    """What is measured of each draw of one run.
+
+    :param kernel: the algorithm.
+    :param sites: the model's latent sites.
+    :param state: a state of the chains.
+    :param coefficients: of a step.
+    :ivar names: of the numbers in a row; those of one site end in its name in brackets.
+    """
+
+    def __init__(self, kernel: Measured, sites: Mapping[str, Site], state: Any, coefficients: Sequence[Tensor]) -> None:
+        position: Tensor = state[0]
+        dim = position.shape[-1]
+        self.kernel, self.site_names = kernel, list(sites) if len(sites) <= MOST_SITES else []
+        self.places = [sites[name].slice for name in self.site_names] if len(self.site_names) > 1 else []
+        moves = kernel.momentum_of(state, coefficients) is not None
+        self.kinds = [n for n, is_known in zip(PER_SITE, (kernel.evaluates_at_draws, moves), strict=True) if is_known]
+        self.at_once = dim * len(self.places) <= LARGEST_MATRIX
+        count = len(self.kinds)
+        self.kinds += ["gradient_squared_norm", "squared_norm"]
+        self.kinds += ["momentum_squared_norm", "position_momentum"] * moves
+        self.kinds += ["momentum_gradient"] * kernel.balances_norms
+        places = [*self.places, slice(0, dim)]
+        self.names = ["energy"]
+        scale: list[float] = []
+        self.places_of: list[list[slice]] = []
+        for number, kind in enumerate(self.kinds):
+            own = places if self.at_once or number < count else places[-1:]
+            self.places_of.append(own)
+            self.names += [*(f"{kind}[{site}]" for site in self.site_names[: len(own) - 1]), kind]
+            scale += [1.0 / (place.stop - place.start) if kind in PER_SITE else 1.0 for place in own]
+        self.scale = torch.tensor(scale, dtype=position.dtype, device=position.device)
+        self.names += list(kernel.extra_stats(state))
+        self.members = position.new_zeros(dim, len(places) if self.at_once else 0)
+        for column in range(self.members.shape[1]):
+            self.members[places[column], column] = 1.0
+
+    def row(
+        self,
+        before: Any,
+        state: Any,
+        evaluation: tuple[Tensor, Tensor, Tensor],
+        z: Tensor,
+        coefficients: Sequence[Tensor],
+    ) -> Tensor:
+        """``(chains, names)`` of the step from ``before`` to ``state``, in operations that can be recorded.
+
+        :param evaluation: where the gradient was evaluated last, the energy there, and the gradient.
+        :param z: the position of ``state`` in the model's coordinates.
+        """
+        position, energy, grad = evaluation
+        pairs = {**self._of_state(state, z, coefficients), "gradient_squared_norm": (grad, grad)}
+        if self.kernel.evaluates_at_draws:
+            pairs["configurational_temperature"] = position, grad
+        if self.kernel.balances_norms:  # with the momentum of the place where the gradient was met
+            pairs["momentum_gradient"] = (before if position is before[0] else state).momentum, grad
+        means = self._sums([pairs[kind] for kind in self.kinds]) * self.scale
+        extra = [value.unsqueeze(-1) for value in self.kernel.extra_stats(state).values()]
+        return torch.cat([energy.unsqueeze(-1), means, *extra], -1)
+
+    def with_state(self, row: Tensor, state: Any, z: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+        """``row`` with what is said of a state said anew, of another one."""
+        columns = dict(zip(self.names, row.unbind(-1), strict=True))
+        start = 1
+        for kind, places in zip(self.kinds, self.places_of, strict=True):
+            pair, end = self._of_state(state, z, coefficients).get(kind), start + len(places)
+            if pair is not None:
+                sums = torch.stack([(pair[0] * pair[1])[:, place].sum(-1) for place in places], -1)
+                values = (sums * self.scale[start - 1 : end - 1]).unbind(-1)
+                columns.update(zip(self.names[start:end], values, strict=True))
+            start = end
+        if hasattr(state, "energy"):
+            columns["energy"] = state.energy.squeeze(-1)
+        columns.update(self.kernel.extra_stats(state))
+        return torch.stack(list(columns.values()), -1)
+
+    def arrays(self, table: Tensor) -> dict[str, Tensor]:
+        """Name -> ``(chains, draws)``, and of statistics per site ``(chains, draws, sites)``.
+
+        :param table: ``(draws, chains, names)``.
+        """
+        table = table if len(table) else table.new_empty(*table.shape[:2], len(self.names))
+        columns = dict(zip(self.names, table.movedim(0, 1).unbind(-1), strict=True))
+        result = {name: column.contiguous() for name, column in columns.items() if not name.endswith("]")}
+        result["gradient_norm"] = result.pop("gradient_squared_norm").sqrt()
+        for kind in PER_SITE:
+            if kind in columns and self.site_names:
+                sites = self.site_names if self.places else []
+                own = [columns[f"{kind}[{site}]"] for site in sites] or [columns[kind]]
+                result[f"site_{kind}"] = torch.stack(own, -1)
+        return result
+
+    def _of_state(self, state: Any, z: Tensor, coefficients: Sequence[Tensor]) -> dict[str, Pair]:
+        """The pairs of vectors ``(chains, dim)`` in the inner products that a state alone gives."""
+        pairs = {"squared_norm": (z, z)}
+        moving = self.kernel.momentum_of(state, coefficients)
+        if moving is not None:
+            momentum, inverse_mass = moving
+            weighted = momentum * (inverse_mass if inverse_mass.dim() else inverse_mass.sqrt())
+            pairs["kinetic_temperature"] = (momentum if inverse_mass.dim() else weighted), weighted
+            pairs["momentum_squared_norm"] = momentum, momentum
+            pairs["position_momentum"] = state[0], momentum
+        return pairs
+
+    def _sums(self, pairs: Sequence[Pair]) -> Tensor:
+        """Inner products over the places of each kind, ``(chains, all of them)``."""
+        if self.at_once:
+            left, right = (torch.stack(list(side), 1) for side in zip(*pairs, strict=True))
+            return ((left * right) @ self.members).flatten(1)
+        sums: list[Tensor] = []
+        for (left, right), places in zip(pairs, self.places_of, strict=True):
+            if left is right:  # without their product in memory
+                sums += [torch.linalg.vector_norm(left[:, place], dim=-1).square() for place in places]
+            else:
+                product = left * right
+                sums += [product[:, place].sum(-1) for place in places]
+        return torch.stack(sums, -1)

@@ -23,3 +23,5 @@ from bnn.kernels.schedules import Schedule as Schedule
 from bnn.kernels.sghmc import SGHMC as SGHMC
 from bnn.kernels.sgld import SGLD as SGLD
 from bnn.kernels.sgnht import SGNHT as SGNHT
+from bnn.kernels.variance_reduction import SVRG as SVRG
+from bnn.kernels.variance_reduction import ControlVariate as ControlVariate

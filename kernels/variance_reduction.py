@@ -205,5 +205,6 @@ class Anchoring:
         place = position if self.every is not None else position[:1]
         energy, grad = self.potential.full_energy_and_grad(place)
         chains = len(position)
-        self.anchor = Anchor(position, energy.expand(chains).contiguous(), grad.expand(chains, -1).contiguous())
+        # A copy: in a recording, two inputs that are one tensor would be one input.
+        self.anchor = Anchor(position.clone(), energy.expand(chains).contiguous(), grad.expand(chains, -1).contiguous())
         self._since = step

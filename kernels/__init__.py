@@ -1,6 +1,7 @@
 """Markov chain Monte Carlo kernels for Pyro models on minibatches, and the runner that moves many chains at once."""
 
 from bnn.kernels.amagold import AMAGOLD as AMAGOLD
+from bnn.kernels.constant_sgd import ConstantSGD as ConstantSGD
 from bnn.kernels.cyclical import CyclicalSGHMC as CyclicalSGHMC
 from bnn.kernels.cyclical import CyclicalSGLD as CyclicalSGLD
 from bnn.kernels.ggmc import GGMC as GGMC

@@ -48,6 +48,7 @@ class StochasticGradientKernel(MCMCKernel):
     noises_per_step = 1
     metropolised = False
     balances_norms = False  # whether the rates at which norms change are known: bnn/norm_identities.py
+    caveat = ""  # what a reader of the draws must know, for summary() and ArviZ
     evaluates_at_draws = True  # whether the last gradient of a step is met at a place with the law of the draws
     metric: Preconditioner | None = None  # how the metric is learnt in warm-up, if it is
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bnn.potential import Potential
 
-# Iterations of the power method, and those at its end that count.
-ITERATIONS, COUNTED = 40, 20
+# Iterations of the power method, those at its end that count, and the chains that it looks at.
+ITERATIONS, COUNTED, CHAINS = 40, 20, 8
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -68,6 +68,7 @@ def longest_step(potential: Potential, position: Tensor, preconditioner: Array |
 
     :param preconditioner: P, a number, its diagonal, or a matrix.
     """
+    position = position[:CHAINS]
     matrix = torch.as_tensor(preconditioner).to(position)
     scale = float(position.abs().max().clamp_min(1.0)) * torch.finfo(position.dtype).eps ** (1 / 3)
     stream = potential.stream(len(position))

@@ -9,11 +9,12 @@ On U = ½ zᵀHz with V the same everywhere the stationary covariance Σ is that
 
     P H Σ + Σ H P − h P H Σ H P = h P V P
 
-Nearest to the posterior H⁻¹, to first order in h: h = 2d / tr(PV) for given P; hP = diag(2 / V_kk); hP = 2V⁻¹, for
-which Σ = H⁻¹ + O(h). At T: T times as much.
+Nearest to the posterior H⁻¹ in the sense of KL(Σ | H⁻¹), to first order in h: h = 2d / tr(PV) for given P;
+hP = diag(2 / V_kk) among diagonals, if V is one (otherwise the best is another, not far off, though theorem 3 does not
+say so); hP = 2V⁻¹ of all, for which Σ = H⁻¹ + O(h). At temperature T: T times as much.
 
-Bias: Σ = H⁻¹ + O(h) holds for V = 2P⁻¹/h only: P = 1 needs V the same in all directions, a diagonal P a diagonal V. And V
-must not change over the posterior's width, nor the noise be far from Gaussian over one relaxation time.
+Bias: Σ = H⁻¹ + O(h) holds for V = 2P⁻¹/h only: P = 1 needs V the same in all directions, a diagonal P a diagonal V.
+Nor may V change over the posterior's width, or the noise be far from Gaussian over one relaxation time.
 Cost: one gradient a step.
 """
 

@@ -327,21 +327,15 @@ def test_gradients_per_step(reduction, cost, monkeypatch):
 # ---- what is refused
 
 
-def test_what_is_not_a_reduction():
+def test_what_is_refused():
     with pytest.raises(ValueError, match=r"variance_reduction is 'svrg'; give ControlVariate\(...\), SVRG\(...\) or"):
         SGLD(targets.regression, step_size=1e-4, variance_reduction="svrg")
     with pytest.raises(ValueError, match="every is 0; give a whole number of steps of at least 1, or None"):
         SVRG(0)
     with pytest.raises(ValueError, match="anchor is Tensor; give a dict with a value of each latent site"):
         ControlVariate(torch.zeros(3))
-
-
-def test_kernels_with_a_metropolis_test():
     with pytest.raises(ValueError, match="not for kernels with a Metropolis test.*or use SGHMC"):
         AMAGOLD(targets.regression, step_size=1e-3, friction=1.0, variance_reduction=SVRG())
-
-
-def test_models_without_minibatches():
     with pytest.raises(ValueError, match="the model draws no minibatches: leave it out, or write pyro.plate"):
         SGLD(targets.full_regression, step_size=1e-4, variance_reduction=SVRG()).setup(0, *DATA)
 

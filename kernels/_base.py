@@ -15,8 +15,9 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from bnn.initialization import Strategy, strategy_of
+from bnn.kernels._algorithm import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number, spread
-from bnn.kernels._run import EnergyAndGrad, Evaluation, Run
+from bnn.kernels._run import Run
 from bnn.kernels._warmup import LEAST, StepRule, Warmup
 from bnn.kernels.preconditioners import Preconditioner
 from bnn.kernels.schedules import Schedule, check_setting, value_at

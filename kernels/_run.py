@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bnn.kernels._algorithm import Algorithm, EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number
 from bnn.kernels._draw_statistics import DrawStatistics
 from bnn.kernels._metric import Identity, Metric
 from bnn.kernels._norm_rates import norm_rates
 from bnn.kernels.schedules import Schedule, value_at
-from bnn.kernels.variance_reduction import Anchor, Anchoring, VarianceReduction, reduced
+from bnn.kernels.variance_reduction import Anchor, Anchoring, reduced
 from bnn.potential import Potential
 from bnn.tiers import Program
-
-EnergyAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Steps recorded in one program, and the largest state (chains times dim) for which that is worth its compilation.
 UNROLLED_STEPS = 10
@@ -27,53 +26,6 @@ LARGEST_UNROLLED = 20_000
 
 # Steps whose scheduled coefficients are worked out at once.
 SCHEDULED_AHEAD = 32
-
-
-class Evaluation(NamedTuple):
-    """Where an update evaluated the gradient last: position ``(chains, dim)``, energy ``(chains,)``, gradient."""
-
-    position: Tensor
-    energy: Tensor
-    grad: Tensor
-
-
-class Algorithm(Protocol):
-    """What a run asks of the kernel that it belongs to."""
-
-    temperature: float | Schedule
-    noises_per_step: int
-    evaluates_at_draws: bool
-    balances_norms: bool
-    variance_reduction: VarianceReduction | None
-
-    def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> tuple[Tensor, ...]:
-        """The state at a starting position."""
-
-    def coefficients(self, step: int) -> tuple[Number, ...]:
-        """Numbers of the update."""
-
-    def update(
-        self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]
-    ) -> tuple[tuple[Tensor, ...], Evaluation]:
-        """One step."""
-
-    def settings(self) -> dict[str, float | Schedule]:
-        """The settings that may follow a schedule."""
-
-    def phase(self, step: int) -> Hashable:
-        """What steps with the same coefficients have in common, or None."""
-
-    def steps_to_draw(self, step: int) -> int:
-        """Steps to the next draw."""
-
-    def extra_stats(self, state: Any) -> dict[str, Tensor]:
-        """Statistics of its own."""
-
-    def stats_at(self, step: int) -> dict[str, float]:
-        """What else is known of a step."""
-
-    def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Momentum and inverse mass."""
 
 
 class Run:

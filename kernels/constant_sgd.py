@@ -116,7 +116,6 @@ class ConstantSGD(StochasticGradientKernel):
         temperature: float = 1.0,
         **options: Any,
     ) -> None:
-        self.adapts_step_size = isinstance(step_size, str)
         if isinstance(step_size, str) and step_size != "auto":
             raise ValueError(f"step_size is {step_size!r}; give a number, or 'auto'.")
         for name, value in {"step_size": step_size, "temperature": temperature}.items():
@@ -135,6 +134,7 @@ class ConstantSGD(StochasticGradientKernel):
             raise ValueError("variance_reduction takes away the noise that constant-step SGD samples by: use SGLD.")
         first = 1.0 if isinstance(step_size, str) else step_size  # until warm-up finds one
         super().__init__(model, step_size=first, temperature=temperature, **options)
+        self.finds_step_size = isinstance(step_size, str)
         self.preconditioner, self.average = preconditioner, average
         noise = "of covariance proportional to P⁻¹" if preconditioner is not None else "the same in all directions"
         noise = {"diagonal": "independent between coordinates", "full": "of any covariance"}.get(
@@ -157,7 +157,7 @@ class ConstantSGD(StochasticGradientKernel):
         """:raises ValueError: if there is no noise to sample by, or warm-up is too short to measure it."""
         super().check_plan(draws)
         run, dim = self._running, self.potential.dim
-        learns = self.adapts_step_size or self.learned is not None
+        learns = self.finds_step_size or self.learned is not None
         if learns and not run.warmup_steps:
             raise ValueError(
                 "step_size='auto' and preconditioner='diagonal' or 'full' are found in warm-up: give warmup_steps, "
@@ -211,7 +211,7 @@ class ConstantSGD(StochasticGradientKernel):
                     f"singular: its least variance is {variances.min():.3g}, at site "
                     f"{self._site_of(int(variances.argmin()))!r}. Give preconditioner as numbers, or use SGLD."
                 )
-        if self.adapts_step_size:
+        if self.finds_step_size:
             best = 2.0 * value_at(self.temperature, 0) / float(self._heat.mean())
             self.step_size = min(best, longest_step(self.potential, self.position, self._preconditioner()))
         run.forget_numbers()
@@ -261,6 +261,14 @@ class ConstantSGD(StochasticGradientKernel):
         return update(state, energy_and_grad, drift=coefficients[0])
 
     # ---- reports
+
+    @property
+    def warmup_report(self) -> str | None:
+        """The step size that warm-up chose, and the temperature in effect that is expected of it."""
+        if not self.finds_step_size or self._run is None:
+            return None
+        heat = float(self.noise_temperature().mean())
+        return f"step_size {value_at(self.step_size, 0):.3g}, for a temperature of {heat:.3g} in effect"
 
     def noise_temperature(self) -> Array:
         """The temperature in effect of each coordinate, h P_k V_kk / 2: what the minibatches' noise makes it."""

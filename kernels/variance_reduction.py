@@ -24,7 +24,7 @@ from torch import Tensor
 from bnn.potential import Potential
 
 if TYPE_CHECKING:
-    from bnn.kernels._run import EnergyAndGrad
+    from bnn.kernels._algorithm import EnergyAndGrad
 
 
 class Anchor(NamedTuple):
@@ -180,6 +180,8 @@ class Anchoring:
 
         :param energy_and_grad: of a minibatch, to see whether it gives the same twice.
         """
+        if self.anchor is not None and self.every is None:
+            return
         anchor = self.setting.first_anchor(self.potential, position)
         self._move(anchor, step)
         if self.anchor is None or not all(torch.isfinite(part).all() for part in self.anchor):

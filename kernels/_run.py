@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.kernels._algorithm import Algorithm, EnergyAndGrad, Evaluation
+from bnn.kernels._algorithm import Algorithm, EnergyAndGrad
 from bnn.kernels._coordinates import Number
 from bnn.kernels._draw_statistics import DrawStatistics
 from bnn.kernels._metric import Identity, Metric

@@ -331,16 +331,13 @@ class MCMC(PyroMCMC):
     def temperature_verdict(self) -> str:
         """In words: whether the chains sampled at the temperature asked for, and the likeliest cause if not.
 
-        What else must be known of the kernel's draws is added.
-
         :raises RuntimeError: before ``run``, or for a kernel of Pyro's own, which has no temperature.
         """
         if not self.sample_stats:
             raise RuntimeError("there are no statistics to measure a temperature by: the kernel is not one of bnn's.")
         sizes = dict(zip(self._facts["site_name"], self._facts["site_size"], strict=True))
         found = verdict({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim, sites=sizes)
-        caveat = getattr(self.kernel, "caveat", "")
-        return f"{found} But {caveat}." if caveat else found
+        return f"{found} But {self.kernel.caveat}." if self.kernel.caveat else found
 
     def _small_sites(self) -> dict[str, Tensor]:
         """Draws of the sites whose effective sample sizes are worth their cost, none for fewer than four draws."""

@@ -285,6 +285,8 @@ def _attributes(posterior: Any, thin: int) -> dict[str, Any]:
         attrs["temperature"] = float(kernel.temperature) if number else str(kernel.temperature)
     if getattr(kernel, "warmup_report", None):
         attrs["warmup_chose"] = kernel.warmup_report
+    if getattr(kernel, "caveat", ""):
+        attrs["caveat"] = kernel.caveat
     if isinstance(getattr(posterior, "warmup_steps", None), int):
         attrs["tuning_steps"] = posterior.warmup_steps
     if thin > 1:

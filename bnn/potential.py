@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from bnn import checks
 from bnn.agreement import cause_of, disagreement, handlers_energy_and_grad
-from bnn.full_data import chunks, mean_rows, traced_chunk
+from bnn.full_data import mean_rows, over_all_data, traced_chunk, traced_chunk_and_grad
 from bnn.initialization import Strategy, find_starts, strategy_of
 from bnn.log_joint import LogJoint, quiet_handlers
 from bnn.minibatch import Stream, TensorLeaves
@@ -137,14 +136,11 @@ class Potential:
         return self._gradient([position.detach().to(self.dtype).contiguous(), *inputs], "fx")[1]
 
     def _gradient(self, tensors: list[Tensor], compile: str) -> tuple[Tensor, Tensor]:
+        def function(position: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return self.traced_energy_and_grad(position, inputs)
+
         key = ("gradient", compile == "inductor", *(tuple(t.shape) for t in tensors))
-        if key not in self._programs:
-
-            def function(position: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-                return self.traced_energy_and_grad(position, inputs)
-
-            self._programs[key] = self.program(function, tensors, [True] * len(tensors), compile=compile)
-        energy, grad = self._programs[key](*tensors)
+        energy, grad = self.kept_program(key, function, tensors, [True] * len(tensors), compile=compile)(*tensors)
         return energy, grad
 
     def gradient_by_chain(self, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,18 +158,15 @@ class Potential:
         :raises NotImplementedError: with ``batches=`` if the model has not one subsampled plate, so that one batch's
             share of the data is not known.
         """
-        checks.position(position, self.dim)
-        checks.batches_have_one_plate(self.plates, self.batches)
-        position = position.detach().to(self.dtype).contiguous()
-        total = torch.zeros(len(position), dtype=self.dtype, device=self.device)
-        for inputs in chunks(self.plates.values(), self.batches, self.dtype, self.device):
-            tensors = [position, *inputs]
-            key = ("full", *(tuple(t.shape) for t in tensors))
-            if key not in self._programs:
-                shared = [False] * len(inputs)
-                self._programs[key] = self.program(partial(traced_chunk, self), tensors, [True, *shared])
-            total = total + self._programs[key](*tensors)[0]
-        return total
+        return over_all_data(self, position, traced_chunk)[0]
+
+    def full_energy_and_grad(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Energy ``(chains,)`` and gradient ``(chains, dim)`` over all data, minibatch by minibatch.
+
+        :raises NotImplementedError: as :meth:`full_energy`.
+        """
+        energy, grad = over_all_data(self, position, traced_chunk_and_grad)
+        return energy, grad
 
     def stream(self, num_chains: int) -> Stream:
         """A fresh source of minibatches for ``num_chains`` chains."""
@@ -304,6 +297,12 @@ class Potential:
 
         one = one_chain(inputs, per_chain)
         return over_chains(choose(record(function, one), one, compile, calls * chains), per_chain)
+
+    def kept_program(self, key: Any, *recording: Any, **options: Any) -> Program:
+        """The :meth:`program` kept under ``key``, recorded the first time."""
+        if key not in self._programs:
+            self._programs[key] = self.program(*recording, **options)
+        return self._programs[key]
 
     def vectorizes(self) -> bool:
         """Whether chains run in one program, rather than one after another."""

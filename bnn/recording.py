@@ -120,6 +120,7 @@ def record(function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[t
     :raises RecordingError: if the function reads values (``.item()``, ``if tensor``) or writes to tensors that
         outlive the call.
     """
+    inputs = [tensor.detach() for tensor in inputs]  # the same tensor twice would be recorded as one input
     try:
         with unvalidated_distributions(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

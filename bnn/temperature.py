@@ -134,7 +134,10 @@ def verdict(
         name, label, m = worst
         off.setdefault(label, m)
         said += f", site {name!r} at {m.mean:.3g} +- {m.error:.1g} ({label})"
-    if not off:
+    heat = float(np.mean(np.asarray(sample_stats.get("noise_temperature", asked), dtype=float)))
+    if "noise_temperature" in sample_stats:
+        said = ", ".join([*([said] if said else []), f"{heat:.3g} (minibatch noise)"])
+    if not off and np.isclose(heat, asked, rtol=tolerance):
         return f"asked T = {asked:.3g}, measured {said}: as asked."
     return f"asked T = {asked:.3g}, but measured {said}: {_cause(sample_stats, asked, off)}."
 
@@ -166,6 +169,11 @@ def worst_site(
 
 
 def _cause(sample_stats: Mapping[str, Any], asked: float, off: Mapping[str, MeasuredTemperature]) -> str:
+    if not np.allclose(np.asarray(sample_stats.get("noise_temperature", asked), dtype=float), asked, rtol=0.05):
+        return (
+            "only the noise of the minibatches heats the chains; use step_size='auto', or other minibatches where that "
+            "already is the longest stable step"
+        )
     implied = np.asarray(sample_stats.get("implied_temperature", asked), dtype=float)
     if not np.allclose(implied, asked, rtol=0.05):
         return "momentum_scale draws momenta at another temperature; leave it 'auto'"
@@ -195,6 +203,9 @@ def describe_temperatures(sample_stats: Mapping[str, Any], dim: int) -> str:
             m = measure(sample_stats, name, dim)
             label = name.split("_")[0]
             parts.append(f"{label} {m.mean:.4g} +- {m.error:.2g} (99 % region [{m.low:.4g}, {m.high:.4g}])")
+    if "noise_temperature" in sample_stats:
+        heat = float(np.mean(np.asarray(sample_stats["noise_temperature"], dtype=float)))
+        parts.append(f"{heat:.4g} by the noise of the minibatches")
     if "implied_temperature" in sample_stats:
         implied = float(np.mean(np.asarray(sample_stats["implied_temperature"], dtype=float)))
         parts.append(f"momentum_scale implies {implied:.4g} where only the prior holds")

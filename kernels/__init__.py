@@ -1,6 +1,7 @@
 """Markov chain Monte Carlo kernels for Pyro models on minibatches, and the runner that moves many chains at once."""
 
 from bnn.kernels.amagold import AMAGOLD as AMAGOLD
+from bnn.kernels.constant_sgd import ConstantSGD as ConstantSGD
 from bnn.kernels.cyclical import CyclicalSGHMC as CyclicalSGHMC
 from bnn.kernels.cyclical import CyclicalSGLD as CyclicalSGLD
 from bnn.kernels.ggmc import GGMC as GGMC
@@ -23,3 +24,5 @@ from bnn.kernels.schedules import Schedule as Schedule
 from bnn.kernels.sghmc import SGHMC as SGHMC
 from bnn.kernels.sgld import SGLD as SGLD
 from bnn.kernels.sgnht import SGNHT as SGNHT
+from bnn.kernels.variance_reduction import SVRG as SVRG
+from bnn.kernels.variance_reduction import ControlVariate as ControlVariate

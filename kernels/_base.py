@@ -15,11 +15,13 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from bnn.initialization import Strategy, strategy_of
+from bnn.kernels._algorithm import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number, spread
-from bnn.kernels._run import EnergyAndGrad, Evaluation, Run
+from bnn.kernels._run import Run
 from bnn.kernels._warmup import LEAST, StepRule, Warmup
 from bnn.kernels.preconditioners import Preconditioner
 from bnn.kernels.schedules import Schedule, check_setting, value_at
+from bnn.kernels.variance_reduction import VarianceReduction
 from bnn.potential import Potential
 from bnn.tiers import check_tier
 
@@ -38,13 +40,16 @@ class StochasticGradientKernel(MCMCKernel):
     :param compile: how the recorded step runs: ``"auto"``, ``"inductor"``, ``"fx"`` or ``"handlers"``.
     :param replacement: draw minibatch rows independently, instead of by shuffled epochs.
     :param init_strategy: ``"auto"``, ``"prior"`` or a function of ``pyro.infer.autoguide.initialization``.
+    :param variance_reduction: :class:`~bnn.kernels.ControlVariate` or :class:`~bnn.kernels.SVRG`, less noise in the
+        minibatch gradients at two of them a step.
     """
 
     # Facts about an algorithm, for reports and tests.
-    gradients_per_step = 1
+    gradients_per_step: float = 1  # of minibatches; known when the model is, if passes over all data are among them
     noises_per_step = 1
     metropolised = False
     balances_norms = False  # whether the rates at which norms change are known: bnn/norm_identities.py
+    caveat = ""  # what a reader of the draws must know, for summary() and ArviZ
     evaluates_at_draws = True  # whether the last gradient of a step is met at a place with the law of the draws
     metric: Preconditioner | None = None  # how the metric is learnt in warm-up, if it is
 
@@ -59,6 +64,7 @@ class StochasticGradientKernel(MCMCKernel):
         compile: str = "auto",
         replacement: bool = False,
         init_strategy: str | Strategy = "auto",
+        variance_reduction: VarianceReduction | None = None,
     ) -> None:
         if not callable(model):
             raise ValueError(f"model is {type(model).__name__}; give a Pyro model, a callable.")
@@ -73,6 +79,9 @@ class StochasticGradientKernel(MCMCKernel):
             raise ValueError(f"steps_per_sample is {steps_per_sample!r}; give a whole number of at least 1.")
         check_tier(compile)
         strategy_of(init_strategy)
+        if variance_reduction is not None:
+            self._check_reduction(variance_reduction)
+        self.variance_reduction = variance_reduction
         self.model = model
         self.step_size, self.temperature, self.steps_per_sample = step_size, temperature, steps_per_sample
         self.batches, self.compile, self.replacement = batches, compile, replacement
@@ -220,6 +229,8 @@ class StochasticGradientKernel(MCMCKernel):
         run.constant = self.is_constant()
         run.numbers_at(0)
         inputs = run.place(position)
+        if run.anchoring is not None:
+            self.gradients_per_step = type(self).gradients_per_step * run.anchoring.gradients_per_step
         draws = self.num_samples if self.num_samples is not None else warmup_steps
         self.check_plan(None if self.num_samples is None else warmup_steps + draws)
         if self._warmup is not None:
@@ -340,6 +351,15 @@ class StochasticGradientKernel(MCMCKernel):
         if name not in known:
             known[name] = spread(self.potential.sites, name, value, default, positive)
         return known[name]
+
+    def _check_reduction(self, given: Any) -> None:
+        if not isinstance(given, VarianceReduction):
+            raise ValueError(f"variance_reduction is {given!r}; give ControlVariate(...), SVRG(...) or None.")
+        if self.metropolised:
+            raise ValueError(
+                "variance_reduction is not for kernels with a Metropolis test, whose proposals must be as likely as "
+                "their reverse: leave it out, or use SGHMC."
+            )
 
     def _adopt(self, params: Mapping[str, Tensor]) -> None:
         """Continue from values that did not come from this kernel."""

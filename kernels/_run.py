@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bnn.kernels._algorithm import Algorithm, EnergyAndGrad
 from bnn.kernels._coordinates import Number
 from bnn.kernels._draw_statistics import DrawStatistics
 from bnn.kernels._metric import Identity, Metric
 from bnn.kernels._norm_rates import norm_rates
 from bnn.kernels.schedules import Schedule, value_at
+from bnn.kernels.variance_reduction import Anchor, Anchoring, reduced
 from bnn.potential import Potential
 from bnn.tiers import Program
-
-EnergyAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Steps recorded in one program, and the largest state (chains times dim) for which that is worth its compilation.
 UNROLLED_STEPS = 10
@@ -26,52 +26,6 @@ LARGEST_UNROLLED = 20_000
 
 # Steps whose scheduled coefficients are worked out at once.
 SCHEDULED_AHEAD = 32
-
-
-class Evaluation(NamedTuple):
-    """Where an update evaluated the gradient last: position ``(chains, dim)``, energy ``(chains,)``, gradient."""
-
-    position: Tensor
-    energy: Tensor
-    grad: Tensor
-
-
-class Algorithm(Protocol):
-    """What a run asks of the kernel that it belongs to."""
-
-    temperature: float | Schedule
-    noises_per_step: int
-    evaluates_at_draws: bool
-    balances_norms: bool
-
-    def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> tuple[Tensor, ...]:
-        """The state at a starting position."""
-
-    def coefficients(self, step: int) -> tuple[Number, ...]:
-        """Numbers of the update."""
-
-    def update(
-        self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]
-    ) -> tuple[tuple[Tensor, ...], Evaluation]:
-        """One step."""
-
-    def settings(self) -> dict[str, float | Schedule]:
-        """The settings that may follow a schedule."""
-
-    def phase(self, step: int) -> Hashable:
-        """What steps with the same coefficients have in common, or None."""
-
-    def steps_to_draw(self, step: int) -> int:
-        """Steps to the next draw."""
-
-    def extra_stats(self, state: Any) -> dict[str, Tensor]:
-        """Statistics of its own."""
-
-    def stats_at(self, step: int) -> dict[str, float]:
-        """What else is known of a step."""
-
-    def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Momentum and inverse mass."""
 
 
 class Run:
@@ -88,6 +42,8 @@ class Run:
         self.potential, self.chains, self.warmup_steps = potential, chains, warmup_steps
         self.stream = potential.stream(chains)
         self.metric: Metric = Identity()
+        reduction = kernel.variance_reduction
+        self.anchoring = None if reduction is None else Anchoring(reduction, potential)
         self.state: Any = None
         self.params: dict[str, Tensor] | None = None
         self.constant = True
@@ -120,8 +76,10 @@ class Run:
         """Start the chains at a position of the model's coordinates; the minibatches that were used."""
         (inputs,) = self.stream.next(1)
         tensors = self.metric.tensors
+        if self.anchoring is not None:
+            self.anchoring.start(position, self.step, lambda z: self.potential.traced_energy_and_grad(z, inputs))
         self.state = self.kernel.init(
-            self.metric.inverse(position), lambda u: self._energy_and_grad(u, inputs, tensors)
+            self.metric.inverse(position), lambda u: self._energy_and_grad(u, inputs, tensors, self._anchor)
         )
         return inputs
 
@@ -136,7 +94,11 @@ class Run:
     def gradient(self, position: Tensor | None = None, inputs: Sequence[Tensor] | None = None) -> Tensor:
         """∇Û in the model's coordinates: at ``position`` or where the chains stand, on given minibatches or others."""
         inputs = self.stream.next(1)[0] if inputs is None else inputs
-        return self.potential.gradient_on(self.position if position is None else position, inputs)
+
+        def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
+            return z.new_zeros(len(z)), self.potential.gradient_on(z, inputs)
+
+        return self._reduced(evaluate, self._anchor)(self.position if position is None else position)[1]
 
     @property
     def is_noisy(self) -> bool:
@@ -147,9 +109,23 @@ class Run:
         """Energy of all data at a position of the chains' coordinates, ``(chains,)``."""
         return self.potential.full_energy(self.metric.forward(u, self.metric.tensors))
 
-    def _energy_and_grad(self, u: Tensor, inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        energy, grad = self.potential.traced_energy_and_grad(self.metric.forward(u, tensors), inputs)
+    def _energy_and_grad(
+        self, u: Tensor, inputs: Sequence[Tensor], tensors: Sequence[Tensor], anchor: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
+        def evaluate(position: Tensor) -> tuple[Tensor, Tensor]:
+            return self.potential.traced_energy_and_grad(position, inputs)
+
+        energy, grad = self._reduced(evaluate, anchor)(self.metric.forward(u, tensors))
         return energy, self.metric.pull_back(grad, tensors)
+
+    @property
+    def _anchor(self) -> tuple[Tensor, ...]:
+        """The anchor of the control variates, in the model's coordinates; nothing without them."""
+        return () if self.anchoring is None or self.anchoring.anchor is None else self.anchoring.anchor
+
+    @staticmethod
+    def _reduced(energy_and_grad: EnergyAndGrad, anchor: Sequence[Tensor]) -> EnergyAndGrad:
+        return reduced(energy_and_grad, Anchor(*anchor)) if anchor else energy_and_grad
 
     # ---- statistics
 
@@ -248,6 +224,8 @@ class Run:
         tier = ""
         if steps > 1:
             tier = self._program(1, False, inputs, self.planned_steps - draws).tier
+        if self.anchoring is not None and self.anchoring.steps_left(0, steps) < UNROLLED_STEPS:
+            small = False  # no program of several steps may run over a new anchor
         if steps >= UNROLLED_STEPS and small and even and tier == "inductor":
             self.unrolled = UNROLLED_STEPS
             self._program(UNROLLED_STEPS, True, inputs * UNROLLED_STEPS, draws * (steps // UNROLLED_STEPS))
@@ -257,18 +235,17 @@ class Run:
     def take_steps(self, count: int) -> Tensor:
         """``count`` steps of all chains; statistics ``(chains, names)`` of the last."""
         stats: tuple[Tensor, ...] = ()
-        while self.unrolled and count >= self.unrolled:
-            stats = self.call(self.unrolled)
-            count -= self.unrolled
-        while count > 1:
-            self.call(1, observed=False)
-            count -= 1
-        if count:
-            stats = self.call(1)
+        while count:
+            left = count if self.anchoring is None else self.anchoring.steps_left(self.step, count)
+            steps = self.unrolled if self.unrolled and left >= self.unrolled else 1
+            stats = self.call(steps, observed=steps > 1 or count == 1)
+            count -= steps
         return stats[0]
 
     def call(self, steps: int, observed: bool = True) -> tuple[Tensor, ...]:
         """One call of the program of ``steps`` steps; what it returns besides the state."""
+        if self.anchoring is not None:
+            self.anchoring.before(self.step, self.position)
         batches = [tensor for inputs in self.stream.next(steps) for tensor in inputs]
         program = self._program(steps, observed, batches)
         buffer, noise = self.noise[steps]
@@ -277,7 +254,7 @@ class Run:
             numbers: Sequence[Tensor] = self.numbers_at(0)
         else:
             numbers = [c for s in range(steps) for c in self.numbers_at(self.step + s)]
-        outputs = program(*self.state, *noise, *batches, *numbers, *self.metric.tensors)
+        outputs = program(*self.state, *noise, *batches, *self._anchor, *numbers, *self.metric.tensors)
         fields = len(self.state)
         self.state = type(self.state)(*outputs[:fields])
         self.step += steps
@@ -296,7 +273,7 @@ class Run:
     def _build(self, steps: int, observed: bool, inputs: Sequence[Tensor], calls: int) -> Program:
         fields, count = type(self.state), len(self.state)
         noises, num_inputs = self.kernel.noises_per_step, len(inputs) // steps
-        coefficients, maps = len(self.numbers_at(0)), len(self.metric.tensors)
+        coefficients, maps, anchored = len(self.numbers_at(0)), len(self.metric.tensors), len(self._anchor)
 
         def function(*tensors: Tensor) -> tuple[Tensor, ...]:
             state: Any = fields(*tensors[:count])
@@ -304,13 +281,14 @@ class Run:
             rest, metric = tensors[count:end], tensors[end:]
             noise, rest = rest[: steps * noises], rest[steps * noises :]
             batches, rest = rest[: steps * num_inputs], rest[steps * num_inputs :]
+            anchor, rest = rest[:anchored], rest[anchored:]
             for step in range(steps):
                 batch = batches[step * num_inputs : (step + 1) * num_inputs]
                 numbers = rest if self.constant else rest[step * coefficients : (step + 1) * coefficients]
                 before = state
                 state, evaluation = self.kernel.update(
                     state,
-                    lambda u, batch=batch: self._energy_and_grad(u, batch, metric),  # type: ignore[misc]
+                    lambda u, batch=batch: self._energy_and_grad(u, batch, metric, anchor),  # type: ignore[misc]
                     noise[step * noises : (step + 1) * noises],
                     numbers,
                 )
@@ -324,7 +302,7 @@ class Run:
         self.noise[steps] = (noise, noise.unbind(0))
         numbers = [c for s in range(1 if self.constant else steps) for c in self.numbers_at(s)]
         numbers += self.metric.tensors
-        example = [*self.state, *noise.unbind(0), *inputs, *numbers]
+        example = [*self.state, *noise.unbind(0), *inputs, *self._anchor, *numbers]
         per_chain = [True] * (len(example) - len(numbers)) + [False] * len(numbers)
         return self.potential.program(function, example, per_chain, calls)
 

@@ -336,7 +336,8 @@ class MCMC(PyroMCMC):
         if not self.sample_stats:
             raise RuntimeError("there are no statistics to measure a temperature by: the kernel is not one of bnn's.")
         sizes = dict(zip(self._facts["site_name"], self._facts["site_size"], strict=True))
-        return verdict({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim, sites=sizes)
+        found = verdict({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim, sites=sizes)
+        return f"{found} But {self.kernel.caveat}." if self.kernel.caveat else found
 
     def _small_sites(self) -> dict[str, Tensor]:
         """Draws of the sites whose effective sample sizes are worth their cost, none for fewer than four draws."""

@@ -10,7 +10,9 @@ from bnn.kernels import (
     SGHMC,
     SGLD,
     SGNHT,
+    SVRG,
     Constant,
+    ConstantSGD,
     CosineCycles,
     CyclicalSGHMC,
     CyclicalSGLD,
@@ -29,7 +31,7 @@ class KernelCase:
     settings: dict[str, Any]
     has_momentum: bool
     draws_noise_per_step: int = 1
-    gradients_per_step: int = 1
+    gradients_per_step: float = 1
     cycles: bool = False
     extra_stats: frozenset[str] = frozenset()
     model: Callable[..., Any] | None = None  # in place of a model that subsamples
@@ -57,6 +59,15 @@ KERNELS = [
         False,
         cycles=True,
     ),
+    KernelCase(
+        "constant_sgd",
+        ConstantSGD,
+        {"step_size": 2e-4, "preconditioner": {"weight": 0.5}, "average": True},
+        False,
+        draws_noise_per_step=0,
+        extra_stats=frozenset({"noise_temperature"}),
+    ),
+    KernelCase("sgld_svrg", SGLD, {"step_size": 2e-4, "variance_reduction": SVRG(5)}, False, gradients_per_step=2.8),
     _sghmc("sghmc_bbaoa"),
     _sghmc("sghmc_symplectic_euler", integrator="symplectic_euler"),
     _sghmc("sghmc_baoab", integrator="baoab"),

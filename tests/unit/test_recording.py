@@ -176,3 +176,10 @@ def test_a_product_added_to_itself_is_not_fused_away() -> None:
 
     x = torch.randn(5)
     torch.testing.assert_close(run_fx(record(doubled, [x]))(x)[0], doubled(x)[0])
+
+
+def test_one_tensor_given_twice_is_two_inputs():
+    """Ten steps are recorded with one example minibatch: each must use its own when they run."""
+    example = torch.ones(2)
+    program = run_fx(record(lambda a, b: (a - 2.0 * b,), [example, example]))
+    assert program(torch.full((2,), 5.0), torch.full((2,), 3.0))[0].tolist() == [-1.0, -1.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
@@ -9,19 +10,19 @@ import torch
 from torch import Tensor
 
 from bnn.kernels._momentum import MomentumKernel
-from bnn.kernels._warmup import StepRule, TargetAcceptance
+from bnn.kernels._warmup import StepRule, TargetAcceptance, falling_draws
 from bnn.kernels.preconditioners import Preconditioner
-from bnn.kernels.schedules import Schedule, check_setting
+from bnn.kernels.schedules import Schedule, check_setting, value_at
 
-# A proposal whose energy rises by more than this many T is refused even in warm-up.
-LARGEST_EXCESS = 1000.0
+# The error of a trajectory, as a part of the energy that it loses, at which it is still taken early in warm-up.
+LARGEST_PART = 0.1
 
 
 class CorrectedKernel(MomentumKernel):
     """Proposals of ``num_steps`` steps each, accepted or refused by the energy of all data.
 
-    In the first half of warm-up nearly all are accepted, as by the uncorrected kernel, unless the step size is found
-    there: then the test holds from the start.
+    Early in warm-up (its first half, or 75 draws where the step size is found) a proposal that lowers the energy is
+    taken untested if the error of its trajectory is a small part of the fall.
 
     :param model: a Pyro model.
     :param step_size: time step h; ``"auto"`` finds the one of mean acceptance ``target_acceptance`` in warm-up.
@@ -81,7 +82,23 @@ class CorrectedKernel(MomentumKernel):
 
     def step_rule(self) -> StepRule:
         """The step size of mean acceptance ``target_acceptance``."""
-        return TargetAcceptance(self.step_size_at(0), self.target_acceptance)
+        return TargetAcceptance(self.step_size_at(0), self.target_acceptance, self.metric is not None)
+
+    def adapt(self, stats: Tensor) -> None:
+        """Learn from a draw of warm-up; momenta hotter than one draw in 20,000 are drawn afresh.
+
+        A chain that falls into the posterior turns its potential energy into heat, which friction takes out over times
+        of order M/C: too long at the short steps of a fall.
+        """
+        super().adapt(stats)
+        if not self.adapts_step_size and self.metric is None:
+            return
+        run = self._running
+        momentum, dim = run.state.momentum, self.potential.dim
+        weight = torch.as_tensor(1.0 / (value_at(self.temperature, 0) * self._mass())).to(momentum)
+        hot = (momentum.square() * weight).sum(-1, keepdim=True) > dim + 2.0 * math.sqrt(10.0 * dim) + 20.0
+        if hot.any():
+            run.state = run.state._replace(momentum=torch.where(hot, self.fresh_momentum(momentum), momentum))
 
     def steps_to_draw(self, step: int) -> int:
         """All steps of ``steps_per_sample`` proposals."""
@@ -89,11 +106,12 @@ class CorrectedKernel(MomentumKernel):
         return self.num_steps * self.steps_per_sample
 
     def is_settling(self, step: int) -> bool:
-        """Whether ``step`` lies in the first half of warm-up, where all but the wildest proposals are taken.
+        """Whether ``step`` lies so early in warm-up that proposals far down are taken untested.
 
-        Far from the posterior the test would refuse nearly all of them, and a chain would stand still.
+        On the way down from a far start the test would refuse nearly all of them, and a chain would stand still.
         """
-        return not self.adapts_step_size and 2 * step < self._running.warmup_steps * self.steps_to_draw(0)
+        draws = self._running.warmup_steps
+        return step < (falling_draws(draws) if self.adapts_step_size else draws / 2) * self.steps_to_draw(0)
 
     def planned_steps(self, draws: int) -> int:
         """Steps of so many draws."""
@@ -115,3 +133,8 @@ class CorrectedKernel(MomentumKernel):
 def acceptance(excess: Tensor) -> Tensor:
     """min(1, exp(−excess)), 0 for a proposal that left the finite numbers; ``(chains, 1)``."""
     return torch.nan_to_num(torch.exp(-excess.clamp_min(0.0)), nan=0.0)
+
+
+def settling_acceptance(excess: Tensor, fall: Tensor) -> Tensor:
+    """The same, 1 for a proposal whose energy falls, in units of T, by much more than the error of its trajectory."""
+    return torch.where((fall > 0.0) & (excess < LARGEST_PART * fall), 1.0, acceptance(excess))

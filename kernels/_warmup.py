@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+import torch
 from pyro.ops.dual_averaging import DualAveraging
 from torch import Tensor
 
@@ -23,6 +24,9 @@ START, WINDOW, END, LEAST = 75, 25, 50, 20
 
 # Minibatches for a first estimate.
 FIRST_LOOKS = 10
+
+# What is kept per draw of a chain's mean acceptance lately, and the least that it counts as.
+MEMORY, FLOOR = 0.8, 0.01
 
 
 def window_ends(draws: int) -> list[int]:
@@ -43,6 +47,15 @@ def window_ends(draws: int) -> list[int]:
         ends.append(at)
         size *= 2
     return ends
+
+
+def falling_draws(draws: int) -> int:
+    """The draws of warm-up in which chains may still be falling towards the posterior.
+
+    >>> falling_draws(1000), falling_draws(100)
+    (75, 50)
+    """
+    return draws // 2 if START + WINDOW + END > draws else START
 
 
 class StepRule(ABC):
@@ -73,25 +86,38 @@ class StepRule(ABC):
 class TargetAcceptance(StepRule):
     """Dual averaging of log h towards a mean acceptance (Hoffman and Gelman 2014, "The No-U-Turn sampler", JMLR 15).
 
+    At first, and with a metric to learn until that is done, it is the harmonic mean of the chains' late acceptances:
+    the step becomes short enough for the chain with the hardest start, which a plain mean would leave behind.
+
     :param step_size: where it starts.
     :param target: the mean acceptance asked for.
+    :param learns_metric: whether a metric is learnt, too.
     """
 
-    def __init__(self, step_size: float, target: float) -> None:
-        self.step_size, self.target = step_size, target
+    def __init__(self, step_size: float, target: float, learns_metric: bool = False) -> None:
+        self.step_size, self.target, self.learns_metric = step_size, target, learns_metric
         self._averaging = DualAveraging(prox_center=math.log(10.0 * step_size))
+        self._lately: Tensor | None = None  # acceptance of each chain
 
     def observe(self, run: Run, stats: Tensor, draw: int, draws: int) -> None:
-        """Learn from a draw's mean acceptance."""
-        rate = float(stats[:, run.stat_names.index("acceptance_rate")].mean())
-        self._averaging.step(self.target - rate)
+        """Learn from a draw's acceptances."""
+        rates = stats[:, run.stat_names.index("acceptance_rate")]
+        mean = float(rates.mean())
+        is_early = draw <= falling_draws(draws) or (self.learns_metric and draw <= window_ends(draws)[-1])
+        if is_early:
+            before = self._lately
+            if before is None or len(before) != len(rates):  # a chain was stopped
+                before = torch.full_like(rates, self.target)
+            self._lately = MEMORY * before + (1.0 - MEMORY) * rates
+            mean = 1.0 / float((1.0 / self._lately.clamp_min(FLOOR)).mean())
+        self._averaging.step(self.target - mean)
         newest, average = self._averaging.get_state()
         self.step_size = math.exp(average if draw == draws else newest)
 
     def restart(self, run: Run) -> None:
         """Begin again from the present step size."""
         del run
-        self._averaging.prox_center = math.log(10.0 * self.step_size)
+        self._averaging.prox_center = math.log(self.step_size)
         self._averaging.reset()
 
     def report(self) -> str:

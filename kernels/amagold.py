@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bnn.kernels._base import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number
-from bnn.kernels._corrected import LARGEST_EXCESS, CorrectedKernel, acceptance
+from bnn.kernels._corrected import CorrectedKernel, acceptance, settling_acceptance
 from bnn.kernels._run import Run
 from bnn.kernels.schedules import value_at
 
@@ -78,8 +78,9 @@ def test(
 ) -> tuple[AMAGOLDState, Tensor]:
     """The Metropolis test of a whole proposal: the state that follows, and which chains stay ``(chains, 1)``."""
     excess = (energy - before.energy - after.work) / temperature
-    probability = acceptance(excess)
-    stays = excess < LARGEST_EXCESS if settling else uniform < probability
+    fall = (before.energy - energy) / temperature
+    probability = settling_acceptance(excess, fall) if settling else acceptance(excess)
+    stays = uniform < probability
     position = torch.where(stays, after.position, before.position)
     momentum = torch.where(stays, after.momentum, -before.momentum)
     energy = torch.where(stays, energy, before.energy)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bnn.kernels._base import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number
-from bnn.kernels._corrected import LARGEST_EXCESS, CorrectedKernel, acceptance
+from bnn.kernels._corrected import CorrectedKernel, acceptance, settling_acceptance
 from bnn.kernels.schedules import value_at
 
 
@@ -59,7 +59,7 @@ class Coefficients(NamedTuple):
     inverse_temperature: Tensor  # 1 / T
     is_first: Tensor  # 1 in the first step of a proposal, else 0
     is_last: Tensor  # 1 in the last, else 0
-    is_settling: Tensor  # 1 where all but the wildest proposals are taken, else 0
+    is_settling: Tensor  # 1 early in warm-up, else 0
     inverse_mass: Tensor  # 1 / M
 
 
@@ -89,8 +89,9 @@ def update(
     start_position, start_momentum, start_grad, start_energy = start
     kinetic = ((momentum - start_momentum) * (momentum + start_momentum) * k.inverse_mass).sum(-1, keepdim=True)
     excess = (energy - start_energy + 0.5 * kinetic) * k.inverse_temperature
-    probability = acceptance(excess)
-    stays = (uniform < probability) | ((excess < LARGEST_EXCESS) & (k.is_settling > 0))
+    fall = (start_energy - energy) * k.inverse_temperature
+    probability = torch.where(k.is_settling > 0, settling_acceptance(excess, fall), acceptance(excess))
+    stays = uniform < probability
     if num_steps > 1:
         last = k.is_last > 0
         stays, probability = stays | ~last, torch.where(last, probability, state.acceptance)

@@ -22,6 +22,11 @@ import torch  # noqa: E402
 SEED = 20
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The folder of reference posteriors: ``--posteriordb FOLDER``, or the environment's ``POSTERIORDB``."""
+    parser.addoption("--posteriordb", type=Path, default=os.environ.get("POSTERIORDB"), help="reference posteriors")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked ``cuda`` where there is no CUDA device."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():

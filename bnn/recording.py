@@ -120,7 +120,7 @@ def record(function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[t
     :raises RecordingError: if the function reads values (``.item()``, ``if tensor``) or writes to tensors that
         outlive the call.
     """
-    inputs = [tensor.detach() for tensor in inputs]  # the same tensor twice would be recorded as one input
+    inputs = _apart(inputs)
     try:
         with unvalidated_distributions(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -150,6 +150,7 @@ def record_forward(
         they have become further inputs of the graph.
     :raises RecordingError: as :func:`record` does.
     """
+    inputs = _apart(inputs)
     try:
         with unvalidated_distributions(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -169,6 +170,16 @@ def record_forward(
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module, parameters
+
+
+def _apart(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """``inputs``, none of them twice: one tensor in two places would be recorded as one input."""
+    seen: set[int] = set()
+    result = []
+    for tensor in inputs:
+        result.append(tensor.detach() if id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return result
 
 
 def _parameters_as_inputs(graph_module: GraphModule) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from bnn.recording import (
     draws_random_numbers,
     has_convolution,
     record,
+    record_forward,
     run_fx,
     run_inductor,
     used_inputs,
@@ -178,8 +179,9 @@ def test_a_product_added_to_itself_is_not_fused_away() -> None:
     torch.testing.assert_close(run_fx(record(doubled, [x]))(x)[0], doubled(x)[0])
 
 
-def test_one_tensor_given_twice_is_two_inputs():
+@pytest.mark.parametrize("recorded", [record, lambda *a: record_forward(*a)[0]], ids=["record", "record_forward"])
+def test_one_tensor_given_twice_is_two_inputs(recorded):
     """Ten steps are recorded with one example minibatch: each must use its own when they run."""
     example = torch.ones(2)
-    program = run_fx(record(lambda a, b: (a - 2.0 * b,), [example, example]))
+    program = recorded(lambda a, b: (a - 2.0 * b,), [example, example])
     assert program(torch.full((2,), 5.0), torch.full((2,), 3.0))[0].tolist() == [-1.0, -1.0]

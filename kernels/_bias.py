@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,9 @@ PROBES, ITERATIONS, FIRST_ITERATIONS, PAIRS = 40, 3, 20, 4
 
 # Measurements that are remembered; least factor by which the momenta's temperature shortens steps.
 REMEMBERED, LEAST_FACTOR = 10, 0.25
+
+# How many times T the gradients' or momenta's temperature may be before the chains count as still falling.
+HOT = 10.0
 
 # Length of the differences, in standard deviations along the steepest direction.
 DIFFERENCE = 0.1
@@ -116,6 +120,7 @@ class ExpectedBias(StepRule):
     def __init__(self, model: BiasModel, tolerance: float, step_size: float) -> None:
         self.model, self.tolerance, self.step_size = model, tolerance, step_size
         self._measured: float | None = None
+        self.is_hot = True
         self._forget()
 
     def _forget(self) -> None:
@@ -123,7 +128,6 @@ class ExpectedBias(StepRule):
         self._noises: deque[Tensor] = deque(maxlen=REMEMBERED)
         self._heat: list[tuple[float, float]] = []
         self._direction: Tensor | None = None
-        self._trace = 0.0
 
     def start(self, run: Run, metric_is_unknown: bool) -> None:
         """Look at where the chains start, and take the steepest direction for unit in a metric still to be learnt.
@@ -184,58 +188,61 @@ class ExpectedBias(StepRule):
 
     def _probe(self, run: Run, iterations: int) -> None:
         moving = ~run.stopped
-        curvature = self._curvature(run, iterations, moving)
-        if not math.isfinite(curvature):
+        weight = torch.as_tensor(np.sqrt(self.model.curvature_weight)).to(run.position)
+        curvature = self._curvature(run, iterations, weight)[moving]
+        if not torch.isfinite(curvature).all():
             return
-        self._curvatures.append(curvature)
-        noise, hotter = 0.0, 1.0
+        self._curvatures.append(float(curvature.mean()))
+        pairs = [self._pair(run, weight, moving) for _ in range(PAIRS if run.is_noisy else 1)]
+        random = torch.nn.functional.normalize(torch.randn_like(run.position), dim=-1)
+        trace = float((random * self._times_curvature(run, random, weight)).sum(-1)[moving].abs().mean())
+        products = torch.cat([(first * second).sum(-1) for first, second in pairs])
+        spread = 2.0 * products.std() / math.sqrt(len(products)) if run.is_noisy else 0.0  # no more than is sure
+        hotter = float(products.mean() - spread) / max(trace * random.shape[-1] * self.model.temperature, 1e-30)
+        noise = 0.0
         if run.is_noisy:
-            newest, hotter = self._gradient_noise(run, moving)
-            self._noises.append(newest)
-            noise = float(newest.max())
-        hotter = max([hotter, *(1.0 + heat for heat, _ in self._heat[-1:])])
+            self._noises.append(self._gradient_noise(pairs, weight, moving))
+            noise = float(self._noises[-1].max())
+        hotter = max([1.0, hotter, *(1.0 + heat for heat, _ in self._heat[-1:])])
+        self.is_hot = hotter > HOT
         self.step_size = self.model.step_size(self.tolerance, float(np.mean(self._curvatures)), noise / hotter)
 
-    def _curvature(self, run: Run, iterations: int, moving: Tensor) -> float:
-        """The largest weighted curvature, mean over chains, by power iteration on fresh minibatches."""
-        position, trace = run.position, None
-        weight = torch.as_tensor(np.sqrt(self.model.curvature_weight)).to(position)
+    def _curvature(self, run: Run, iterations: int, weight: Tensor) -> Tensor:
+        """The largest curvature ``(chains,)``, in weighted coordinates, by power iteration on fresh minibatches."""
         if self._direction is None:
-            self._direction = torch.nn.functional.normalize(torch.randn_like(position), dim=-1)
-            self._length = torch.full_like(position[:, :1], 1e-3)
-        value = position.new_ones(len(position))
-        for iteration in range(iterations):
-            (inputs,) = run.stream.next(1)
-            move = run.metric.forward(self._direction * weight, run.metric.tensors) * self._length
-            change = run.gradient(position + move, inputs) - run.gradient(position - move, inputs)
-            product = run.metric.pull_back(change, run.metric.tensors) * weight / (2.0 * self._length)
+            self._direction = torch.nn.functional.normalize(torch.randn_like(run.position), dim=-1)
+            self._length = torch.full_like(run.position[:, :1], 1e-3)
+        value = run.position.new_ones(len(run.position))
+        for _ in range(iterations):
+            product = self._times_curvature(run, self._direction, weight)
             value = (product * self._direction).sum(-1)
             size = torch.linalg.vector_norm(product, dim=-1, keepdim=True)
-            if not self._curvatures and not iteration:  # a random direction
-                trace = float(value[moving].abs().mean()) * position.shape[-1]
             self._direction = torch.where(size > 0, product / size.clamp_min(1e-30), self._direction)
             deviation = (self.model.temperature / size.clamp_min(1e-12)).sqrt()
             self._length = DIFFERENCE * deviation.clamp(max=1e3)
-        self._trace = self._trace if trace is None else trace
-        return max(float(value[moving].abs().mean()), 1e-12)
+        return value.abs().clamp_min(1e-12)
 
-    def _gradient_noise(self, run: Run, moving: Tensor) -> tuple[Tensor, float]:
-        """Weighted variances of minibatch gradients, and how many times T the chains' temperature now is.
+    def _times_curvature(self, run: Run, direction: Tensor, weight: Tensor) -> Tensor:
+        """Second derivative times ``direction``, by the difference of two gradients of one minibatch."""
+        (inputs,) = run.stream.next(1)
+        move = run.metric.forward(direction * weight, run.metric.tensors) * self._length
+        change = run.gradient(run.position + move, inputs) - run.gradient(run.position - move, inputs)
+        return run.metric.pull_back(change, run.metric.tensors) * weight / (2.0 * self._length)
 
-        The variances are those of the coordinates and, last, of the steepest direction.
-        """
-        weight = torch.as_tensor(np.sqrt(self.model.noise_weight)).to(run.position)
-        root = torch.as_tensor(np.sqrt(self.model.curvature_weight)).to(run.position)
+    @staticmethod
+    def _pair(run: Run, weight: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of two minibatches where the chains stand, in weighted coordinates."""
+        first, second = (run.metric.pull_back(run.gradient(), run.metric.tensors)[moving] * weight for _ in range(2))
+        return first, second
+
+    def _gradient_noise(self, pairs: Sequence[tuple[Tensor, Tensor]], weight: Tensor, moving: Tensor) -> Tensor:
+        """Variances of minibatch gradients, weighted: those of the coordinates and, last, of the steepest direction."""
         assert self._direction is not None
-        along = torch.nn.functional.normalize(self._direction[moving] * root / weight, dim=-1)
-        products, squares = [], []
-        for _ in range(PAIRS):
-            first, second = (run.metric.pull_back(run.gradient(), run.metric.tensors)[moving] for _ in range(2))
-            products.append((first * second * root.square()).sum(-1))
-            difference = (first - second) * weight
+        scale = torch.as_tensor(np.sqrt(self.model.noise_weight)).to(weight) / weight
+        along = torch.nn.functional.normalize(self._direction[moving] / scale, dim=-1)
+        squares = []
+        for first, second in pairs:
+            difference = (first - second) * scale
             towards = (difference * along).sum(-1, keepdim=True)
             squares.append(0.5 * torch.cat([difference.square(), towards.square()], -1).mean(0))
-        product = torch.cat(products)
-        least = float(product.mean() - 2.0 * product.std() / math.sqrt(len(product)))  # beyond chance
-        scale = max(self._trace * self.model.temperature, 1e-30)
-        return torch.stack(squares).mean(0), max(1.0, least / scale)
+        return torch.stack(squares).mean(0)

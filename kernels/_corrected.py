@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from bnn.kernels._momentum import MomentumKernel
 from bnn.kernels._warmup import StepRule, TargetAcceptance, falling_draws
 from bnn.kernels.preconditioners import Preconditioner
-from bnn.kernels.schedules import Schedule, check_setting, value_at
+from bnn.kernels.schedules import Schedule, check_setting
 
 # The error of a trajectory, as a part of the energy that it loses, at which it is still taken early in warm-up.
 LARGEST_PART = 0.1
@@ -83,22 +82,6 @@ class CorrectedKernel(MomentumKernel):
     def step_rule(self) -> StepRule:
         """The step size of mean acceptance ``target_acceptance``."""
         return TargetAcceptance(self.step_size_at(0), self.target_acceptance, self.metric is not None)
-
-    def adapt(self, stats: Tensor) -> None:
-        """Learn from a draw of warm-up; momenta hotter than one draw in 20,000 are drawn afresh.
-
-        A chain that falls into the posterior turns its potential energy into heat, which friction takes out over times
-        of order M/C: too long at the short steps of a fall.
-        """
-        super().adapt(stats)
-        if not self.adapts_step_size and self.metric is None:
-            return
-        run = self._running
-        momentum, dim = run.state.momentum, self.potential.dim
-        weight = torch.as_tensor(1.0 / (value_at(self.temperature, 0) * self._mass())).to(momentum)
-        hot = (momentum.square() * weight).sum(-1, keepdim=True) > dim + 2.0 * math.sqrt(10.0 * dim) + 20.0
-        if hot.any():
-            run.state = run.state._replace(momentum=torch.where(hot, self.fresh_momentum(momentum), momentum))
 
     def steps_to_draw(self, step: int) -> int:
         """All steps of ``steps_per_sample`` proposals."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from bnn.kernels._base import StochasticGradientKernel
 from bnn.kernels._coordinates import Number
 from bnn.kernels.preconditioners import Preconditioner, preconditioner_of
 from bnn.kernels.schedules import Schedule, check_setting, value_at
+
+# Heat of the momenta, in units of T, that noisy gradients may give them without their being drawn afresh in warm-up.
+HOT = 1.5
 
 
 class MomentumKernel(StochasticGradientKernel):
@@ -59,6 +63,23 @@ class MomentumKernel(StochasticGradientKernel):
     def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Momentum and inverse mass."""
         return state.momentum, coefficients[-1]
+
+    def adapt(self, stats: Tensor) -> None:
+        """Learn from a draw of warm-up; momenta far hotter than a draw from N(0, T M) are drawn afresh.
+
+        A chain that falls into the posterior turns its potential energy into heat, which friction takes out over times
+        of order M/C: too long at the short steps of a fall.
+        """
+        super().adapt(stats)
+        temperature = value_at(self.temperature, 0)
+        if self._warmup is None or temperature == 0.0:
+            return
+        run = self._running
+        momentum, dim = run.state.momentum, self.potential.dim
+        weight = torch.as_tensor(1.0 / (temperature * self._mass())).to(momentum)
+        hot = (momentum.square() * weight).sum(-1, keepdim=True) > HOT * dim + 2.0 * math.sqrt(10.0 * dim) + 20.0
+        if hot.any():
+            run.state = run.state._replace(momentum=torch.where(hot, self.fresh_momentum(momentum), momentum))
 
     def _friction(self, step: int) -> float:
         return value_at(self.friction, step)

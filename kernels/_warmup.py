@@ -62,9 +62,11 @@ class StepRule(ABC):
     """How a step size is found.
 
     :ivar step_size: the one to use now.
+    :ivar is_hot: whether the chains are known to be far from the posterior.
     """
 
     step_size: float
+    is_hot = False
 
     def start(self, run: Run, metric_is_unknown: bool) -> None:
         """Look at where the chains start."""
@@ -140,6 +142,12 @@ class Warmup:
         self._first = 0 if START + WINDOW + END > draws else START
         self._draw = 0
         self.metric: Metric | None = None
+
+    @property
+    def is_falling(self) -> bool:
+        """Whether the chains may still be on their way down to the posterior."""
+        is_hot = self.step_rule is not None and self.step_rule.is_hot
+        return self._draw < falling_draws(self.draws) or (is_hot and 2 * self._draw < self.draws)
 
     def start(self, run: Run) -> None:
         """Look at where the chains start."""

@@ -204,6 +204,8 @@ class SGHMC(MomentumKernel):
         h, temperature = self.step_size_at(step), value_at(self.temperature, step)
         friction, mass = self._friction(step), self._mass()
         resample = self.momentum_resampling is not None and step % self.momentum_resampling == 0
+        if self.adapts_step_size and self._warmup is not None and self._warmup.is_falling:
+            resample = True  # a fall from far away would go on, for long, with the momentum that it gave
         gradient_variance = h**2 * self._gradient_noise()
         if self.integrator == "symplectic_euler":
             decay = 1.0 - h * friction / mass

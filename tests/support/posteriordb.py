@@ -18,7 +18,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from bnn.kernels import AMAGOLD, GGMC
+from bnn.kernels import AMAGOLD, GGMC, SGHMC, SGLD
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,14 @@ class Row:
     is_exact: bool = True
 
     def build(self, model: Callable[..., None]) -> Any:
-        return self.kernel(model, step_size="auto", mass="auto", **self.settings)
+        metric = "preconditioner" if self.kernel is SGLD else "mass"
+        return self.kernel(model, **{"step_size": "auto", metric: "auto", **self.settings})
 
 
 ROWS = {
     "GGMC": Row(GGMC, {"friction": 1.0, "steps_per_sample": 10}),
     "HMC": Row(GGMC, {"friction": None, "num_steps": 10}),
     "AMAGOLD": Row(AMAGOLD, {"friction": 1.0}),
+    "SGHMC": Row(SGHMC, {"friction": 1.0, "steps_per_sample": 50}, is_exact=False),
+    "SGLD": Row(SGLD, {"preconditioner": "dense", "steps_per_sample": 50}, is_exact=False),
 }

@@ -330,7 +330,9 @@ def test_in_the_coordinates_of_a_learnt_metric(reduction):
 
 
 @pytest.mark.parametrize(
-    ("reduction", "cost"), [(None, 1), (ControlVariate(MODE), 2), (SVRG(), 3), (SVRG(16), 2.25)], ids=str
+    ("reduction", "cost"),
+    [(None, 1), (ControlVariate(MODE), 2), (SVRG(), 3), (SVRG(16), 2.25)],
+    ids=["none", "fixed", "svrg", "svrg_16"],
 )
 def test_gradients_per_step(reduction, cost, monkeypatch):
     """Counted: four minibatches are the data."""

@@ -5,9 +5,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import init_to_uniform, init_to_value
 from scipy import stats
 
-from bnn.kernels import AMAGOLD, GGMC, MCMC
+from bnn.kernels import AMAGOLD, GGMC, MCMC, SGHMC
 from bnn.kernels._warmup import window_ends
 from support import targets
 from support.checks import ALPHA
@@ -116,3 +117,41 @@ def test_windows_double_and_leave_the_end_to_the_step_size(draws, ends):
 def test_bad_settings(kernel, settings, message):
     with pytest.raises(ValueError, match=message):
         kernel(scaled, friction=1.0, compile="fx", **{"step_size": 0.1, **settings}).setup(0, SCALES)
+
+
+def steep_regression(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Coefficients as correlated as inputs far from zero make them, and a noise that has to be found."""
+    slope = pyro.sample("slope", dist.Normal(torch.zeros(2, dtype=x.dtype), 100.0).to_event(1))
+    scale = pyro.sample("scale", dist.HalfCauchy(torch.tensor(2.5, dtype=x.dtype)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ slope, scale), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "settings"),
+    [
+        (GGMC, {"friction": None, "num_steps": 8}),
+        (GGMC, {"friction": 1.0, "num_steps": 2}),
+        (AMAGOLD, {"friction": 1.0}),
+        (SGHMC, {"friction": 1.0, "step_size": "auto", "steps_per_sample": 50}),
+    ],
+    ids=["hmc", "ggmc", "amagold", "sghmc"],
+)
+def test_no_chain_is_left_behind(kernel, settings):
+    """From 10⁵ or more above the posterior's energy, where chains would have step sizes of their own."""
+    torch.manual_seed(0)
+    x = torch.stack([torch.ones(200), 100 + 15 * torch.randn(200)], 1).double()
+    y = x @ torch.tensor([25.0, 0.6], dtype=torch.float64) + 18 * torch.randn(200, dtype=torch.float64)
+    pyro.set_rng_seed(0)
+    narrow = init_to_value(values={"slope": torch.zeros(2).double(), "scale": torch.tensor(0.3).double()})
+    start = narrow if kernel is SGHMC else init_to_uniform
+    one = kernel(steep_regression, mass="auto", compile="fx", init_strategy=start, **settings)
+    mcmc = MCMC(one, num_samples=200, warmup_steps=400, num_chains=8, disable_progbar=True)
+    mcmc.run(x, y)
+    draws = mcmc.get_samples(group_by_chain=True)
+    fitted = torch.stack([draws["slope"] @ x.mean(0), draws["scale"]], -1)
+    least = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    residual = float((y - x @ least).std())
+    error = residual / 200**0.5 * torch.tensor([1.0, 0.5**0.5], dtype=torch.float64)
+    off = (fitted.mean(1) - torch.tensor([float(y.mean()), residual], dtype=torch.float64)) / error
+    assert off.abs().max() < 2.5, "a chain has not arrived"

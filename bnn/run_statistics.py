@@ -54,7 +54,7 @@ class RunStatistics:
     def whole_chains(self) -> np.ndarray:
         """Which chains count: those that did not diverge, or all if all did."""
         diverging = np.asarray(self.stats.get("diverging", np.zeros((1, 1))), dtype=bool).any(-1)
-        return ~diverging if not diverging.all() else diverging
+        return np.asarray(diverging if diverging.all() else ~diverging)
 
     def need(self, *names: str) -> list[np.ndarray]:
         """Statistics of the chains that count.

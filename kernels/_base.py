@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
@@ -57,7 +57,7 @@ class StochasticGradientKernel(MCMCKernel):
         self,
         model: Callable[..., Any],
         *,
-        step_size: float | Schedule | Literal["auto"],
+        step_size: Any,  # a number, a schedule or "auto"
         temperature: float | Schedule = 1.0,
         steps_per_sample: int = 1,
         batches: Iterable[Any] | None = None,
@@ -69,11 +69,10 @@ class StochasticGradientKernel(MCMCKernel):
         if not callable(model):
             raise ValueError(f"model is {type(model).__name__}; give a Pyro model, a callable.")
         self.adapts_step_size = isinstance(step_size, str) and step_size == "auto"
-        if isinstance(step_size, str) and self.adapts_step_size:
-            if type(self).step_rule is StochasticGradientKernel.step_rule:
-                raise ValueError(f"{type(self).__name__} knows no rule for step_size='auto': give a number.")
-            step_size = FIRST_STEP
-        check_setting("step_size", step_size, strict=not isinstance(step_size, Schedule))
+        if self.adapts_step_size and type(self).step_rule is StochasticGradientKernel.step_rule:
+            raise ValueError(f"{type(self).__name__} knows no rule for step_size='auto': give a number.")
+        self.step_size: float | Schedule = FIRST_STEP if self.adapts_step_size else step_size
+        check_setting("step_size", self.step_size, strict=not isinstance(step_size, Schedule))
         check_setting("temperature", temperature)
         if not isinstance(steps_per_sample, int) or isinstance(steps_per_sample, bool) or steps_per_sample < 1:
             raise ValueError(f"steps_per_sample is {steps_per_sample!r}; give a whole number of at least 1.")
@@ -83,7 +82,7 @@ class StochasticGradientKernel(MCMCKernel):
             self._check_reduction(variance_reduction)
         self.variance_reduction = variance_reduction
         self.model = model
-        self.step_size, self.temperature, self.steps_per_sample = step_size, temperature, steps_per_sample
+        self.temperature, self.steps_per_sample = temperature, steps_per_sample
         self.batches, self.compile, self.replacement = batches, compile, replacement
         self.init_strategy = init_strategy
         self.transforms: dict[str, Any] | None = None

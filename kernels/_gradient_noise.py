@@ -55,9 +55,8 @@ def inverse_covariance(noise: GradientNoise) -> Array | None:
     spectrum = np.linalg.eigvalsh(covariance) if noise.dense else covariance
     if freedom < 2 * size + 2 or not spectrum.min() > 1e-12 * spectrum.max():
         return None
-    inverse = np.linalg.inv(covariance) if noise.dense else 1.0 / covariance
-    result: Array = inverse * ((freedom - size - 1) / freedom)
-    return result
+    inverse: Array = np.asarray(np.linalg.inv(covariance) if noise.dense else 1.0 / covariance, dtype=np.float64)
+    return inverse * ((freedom - size - 1) / freedom)
 
 
 def longest_step(potential: Potential, position: Tensor, preconditioner: Array | np.float64 | float) -> float:

@@ -186,8 +186,8 @@ class Anchoring:
         self._move(anchor, step)
         if self.anchor is None or not all(torch.isfinite(part).all() for part in self.anchor):
             raise ValueError("the energy of all data or its gradient is not finite at the anchor: give another.")
-        grads = [energy_and_grad(anchor[:1])[1] for _ in range(2)]
-        if self.potential.is_random or not torch.allclose(*grads, rtol=1e-4, atol=1e-4 * float(grads[0].abs().max())):
+        one, other = (energy_and_grad(anchor[:1])[1] for _ in range(2))
+        if self.potential.is_random or not torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max())):
             raise ValueError(
                 "the model draws random numbers of its own (dropout?), which differ between the two gradients that "
                 "variance_reduction takes the difference of: switch them off, or leave variance_reduction out."

@@ -47,7 +47,10 @@ def quick(tmp_path_factory):
     return finished
 
 
-@pytest.mark.parametrize("name", WRITES)
+SLOW = ["uci_regression.py"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in WRITES])
 def test_quick(name, quick):
     done, folder = quick(name)
     assert done.returncode == 0, done.stderr
@@ -85,6 +88,7 @@ def test_quickstart_prints_the_comparison(tmp_path):
     assert {"log_likelihood", "sample_stats", "observed_data"} <= set(idata.groups())
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_the_run(tmp_path):
     """Two runs with one seed print the same scores, but for the seconds."""
 

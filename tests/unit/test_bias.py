@@ -120,7 +120,7 @@ def test_hot_momenta_shorten_the_step():
         )  # fmt: skip
         rule = kernel.step_rule
         kernel.step_rule = lambda: _patched(rule(), noise)
-        return chosen(kernel, start, rows, CURVATURE, warmup=60, chains=10_000)[1]
+        return chosen(kernel, start, rows, CURVATURE, warmup=160, chains=10_000)[1]
 
     model = model_of(next(law for law in LAWS if law.name == "bbaoa"), SETTING)
     true = NOISE * model.noise_weight
@@ -133,7 +133,7 @@ def test_hot_momenta_shorten_the_step():
 
 
 def _patched(rule, noise):
-    rule._gradient_noise = lambda run, moving: (torch.tensor([noise]), 1.0)
+    rule._gradient_noise = lambda pairs, weight, moving: torch.tensor([noise])
     return rule
 
 

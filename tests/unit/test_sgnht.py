@@ -63,7 +63,7 @@ def test_without_noise_the_law_is_the_targets(temperature):
     assert_variance("thermostat", state.thermostat.numpy(), 1 / 2.0, alpha=1e-9)
 
 
-@pytest.mark.parametrize("thermostat", ["scalar", "per_coordinate"])
+@pytest.mark.parametrize("thermostat", [pytest.param("scalar", marks=pytest.mark.slow), "per_coordinate"])
 def test_noise_that_doubles_the_temperature_of_sghmc_is_absorbed(thermostat):
     h, temperature = 0.05, 0.5
     noise = 2 * temperature * FRICTION / h

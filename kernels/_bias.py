@@ -12,8 +12,9 @@ A step of size h changes the variance along a direction of curvature k, and grad
 coordinates and of the steepest direction. Both are means over the chains, measured some forty times in warm-up. Far
 from the posterior gradients are far noisier than in it, and steps as short as that asks for would never get there; so
 until the last draw of warm-up ν is taken relative to the temperature at which the chains still are: that of the momenta
-or ‖∇U‖² / tr ∇²U, the higher.
-Where there is a momentum, its measured temperature has the last word.
+or ‖∇U‖² / tr ∇²U, the higher. While these are ten times T, in the first half of warm-up, and in its first 75 draws
+SGHMC draws its momentum afresh at every step, as a fall would else go on with the momentum that it gave. Where there is
+a momentum, its measured temperature has the last word.
 """
 
 from __future__ import annotations
@@ -160,6 +161,8 @@ class ExpectedBias(StepRule):
 
     def report(self) -> str:
         """The step size and the bias expected of it."""
+        if not self._curvatures:
+            return f"step_size {self.step_size:.3g}, for want of finite gradients to find another by"
         discretisation, heating = self.model.bias(self.step_size, *self._means())
         text = (
             f"step_size {self.step_size:.3g}, for an expected bias in variance of "
@@ -190,7 +193,7 @@ class ExpectedBias(StepRule):
         moving = ~run.stopped
         weight = torch.as_tensor(np.sqrt(self.model.curvature_weight)).to(run.position)
         curvature = self._curvature(run, iterations, weight)[moving]
-        if not torch.isfinite(curvature).all():
+        if not len(curvature) or not torch.isfinite(curvature).all():
             return
         self._curvatures.append(float(curvature.mean()))
         pairs = [self._pair(run, weight, moving) for _ in range(PAIRS if run.is_noisy else 1)]

@@ -10,6 +10,7 @@ import torch
 import bnn
 from bnn.kernels import MCMC, SGHMC, SGLD, Constant, CyclicalSGHMC, CyclicalSGLD, MaSDE, NormAdjustedSGHMC
 from bnn.kernels._bias import BiasModel
+from bnn.kernels._run import Run
 from support import laws, targets
 from support.cases import LAWS, Law
 from support.laws import Setting
@@ -196,3 +197,10 @@ def test_norm_adjusted_counts_its_own_mass_and_friction():
         targets.gaussian, step_size="auto", friction=5.0, alpha=4.0, resample_every=7, compile="fx"
     )
     assert chosen(kernel, start, SPECTRUM, chains=5)[1] == pytest.approx(2 * (TOLERANCE / 25) ** 0.5, rel=0.03)
+
+
+def test_what_cannot_be_measured_is_said(monkeypatch):
+    monkeypatch.setattr(Run, "gradient", lambda self, *args: torch.full_like(self.position, torch.nan))
+    kernel = SGLD(targets.gaussian, step_size="auto", compile="fx")
+    kernel.setup(20, SPECTRUM)
+    assert kernel.warmup_report == "step_size 0.1, for want of finite gradients to find another by"

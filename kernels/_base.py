@@ -150,11 +150,19 @@ class StochasticGradientKernel(MCMCKernel):
         :raises ValueError: saying what to change.
         """
         del draws
+
+    def check_warmup(self, draws: int) -> None:
+        """Refuse a warm-up of so many draws, if it is too short for what is to be found in it.
+
+        Called by ``setup``; for none at all before the first draw, since Pyro sets kernels up to look at them.
+
+        :raises ValueError: saying what to change.
+        """
         least = LEAST if self.metric is not None or self.adapts_step_size else 0
-        if self._running.warmup_steps < least:
+        if draws < least:
             raise ValueError(
                 "step sizes and metrics ('auto', 'dense', ...) are found in warm-up: give warmup_steps, some hundreds "
-                f"(it is {self._running.warmup_steps}; at least {least})."
+                f"(it is {draws}; at least {least})."
             )
 
     def is_constant(self) -> bool:
@@ -232,6 +240,8 @@ class StochasticGradientKernel(MCMCKernel):
             self.gradients_per_step = type(self).gradients_per_step * run.anchoring.gradients_per_step
         draws = self.num_samples if self.num_samples is not None else warmup_steps
         self.check_plan(None if self.num_samples is None else warmup_steps + draws)
+        if warmup_steps:
+            self.check_warmup(warmup_steps)
         if self._warmup is not None:
             self._warmup.start(run)
         run.planned_steps = self.planned_steps(warmup_steps + draws)
@@ -317,6 +327,8 @@ class StochasticGradientKernel(MCMCKernel):
     def advance(self) -> Tensor:
         """``steps_per_sample`` steps of all chains; statistics ``(chains, len(stat_names))`` of the last."""
         run = self._running
+        if not run.draws and not run.warmup_steps:
+            self.check_warmup(0)
         before, last = run.state, run.last_stats
         stats = self.take(run)
         run.params = None

@@ -154,31 +154,35 @@ class ConstantSGD(StochasticGradientKernel):
         super().setup(warmup_steps, *args, **kwargs)
 
     def check_plan(self, draws: int | None) -> None:
-        """:raises ValueError: if there is no noise to sample by, or warm-up is too short to measure it."""
+        """:raises ValueError: if there is no noise to sample by, or too many coordinates for a full preconditioner."""
         super().check_plan(draws)
         run, dim = self._running, self.potential.dim
-        learns = self.finds_step_size or self.learned is not None
-        if learns and not run.warmup_steps:
-            raise ValueError(
-                "step_size='auto' and preconditioner='diagonal' or 'full' are found in warm-up: give warmup_steps, "
-                "some hundreds."
-            )
         if self.learned == "full" and dim > LARGEST_DENSE:
             raise ValueError(
                 f"preconditioner='full' is a matrix, and the model has {dim} coordinates, more than {LARGEST_DENSE}: "
                 "use preconditioner='diagonal'."
             )
-        pairs, needed = run.chains * (run.warmup_steps - run.warmup_steps // 2), 2 * dim + 2
+        self._noise = GradientNoise(self.learned == "full")
+        for _ in range(-(-FIRST_PAIRS // run.chains)):
+            self._noise.add(self.potential, self.position)
+        self._take_in()
+
+    def check_warmup(self, draws: int) -> None:
+        """:raises ValueError: for a warm-up too short to measure the noise in."""
+        super().check_warmup(draws)
+        run, dim = self._running, self.potential.dim
+        if (self.finds_step_size or self.learned is not None) and not draws:
+            raise ValueError(
+                "step_size='auto' and preconditioner='diagonal' or 'full' are found in warm-up: give warmup_steps, "
+                "some hundreds."
+            )
+        pairs, needed = run.chains * (draws - draws // 2), 2 * dim + 2
         if self.learned == "full" and pairs < needed:
             raise ValueError(
                 f"preconditioner='full' of {dim} coordinates needs {needed} pairs of gradients, one per chain in each "
                 f"draw of the second half of warm-up, which has {pairs}: raise warmup_steps to "
                 f"{2 * -(-needed // run.chains)}, or use preconditioner='diagonal'."
             )
-        self._noise = GradientNoise(self.learned == "full")
-        for _ in range(-(-FIRST_PAIRS // run.chains)):
-            self._noise.add(self.potential, self.position)
-        self._take_in()
 
     def adapt(self, stats: Tensor) -> None:
         """Measure V at this draw of warm-up; at the ends of its parts, set step and preconditioner by it."""

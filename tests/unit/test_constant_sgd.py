@@ -318,7 +318,7 @@ def test_what_cannot_be_sampled(monkeypatch):
     with pytest.raises(ValueError, match=r"without noise .* ends at the posterior's mode\. Write pyro.plate.* or use"):
         set_up(whole)
     with pytest.raises(ValueError, match=r"are found in warm-up: give warmup_steps, some hundreds"):
-        set_up(warmup=0)
+        set_up(warmup=0, draws=1)
     with pytest.raises(ValueError, match=r"needs 8 pairs of gradients.*which has 6: raise warmup_steps to 8"):
         set_up(warmup=6, preconditioner="full")
     with pytest.raises(ValueError, match=r"V, the .* singular: its least variance is 0, at site 'idle'\. Give"):

@@ -116,7 +116,19 @@ def test_windows_double_and_leave_the_end_to_the_step_size(draws, ends):
 @pytest.mark.parametrize("kernel", [GGMC, AMAGOLD])
 def test_bad_settings(kernel, settings, message):
     with pytest.raises(ValueError, match=message):
-        kernel(scaled, friction=1.0, compile="fx", **{"step_size": 0.1, **settings}).setup(0, SCALES)
+        one = kernel(scaled, friction=1.0, compile="fx", **{"step_size": 0.1, **settings})
+        one.setup(0, SCALES)  # as Pyro does to look at a kernel
+        one.advance()
+
+
+def test_chains_in_processes_of_their_own():
+    """Where Pyro's runner sets up a kernel that it will not run, without a warm-up."""
+    x, y = targets.regression_data()
+    kernel = SGHMC(targets.regression, step_size="auto", friction=1.0, mass="auto", compile="fx")
+    mcmc = MCMC(kernel, 20, warmup_steps=40, num_chains=2, chain_method="parallel", disable_progbar=True)
+    mcmc.run(x, y)
+    chosen = mcmc.diagnostics()["warm-up chose"]
+    assert set(chosen) == {"chain 0", "chain 1"} and chosen["chain 0"] != chosen["chain 1"]
 
 
 def steep_regression(x: torch.Tensor, y: torch.Tensor) -> None:

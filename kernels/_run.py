@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -306,6 +306,25 @@ class Run:
         per_chain = [True] * (len(example) - len(numbers)) + [False] * len(numbers)
         return self.potential.program(function, example, per_chain, calls)
 
+    def program(
+        self,
+        name: str,
+        function: Callable[..., tuple[Tensor, ...]],
+        per_chain: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        calls: int,
+    ) -> Program:
+        """A program of the kernel's own, beside the step, recorded at its first use.
+
+        :param per_chain: its first inputs, which lead with the chains.
+        :param shared: the rest of them.
+        :param calls: about how often it will run.
+        """
+        if name not in self._programs:
+            flags = [True] * len(per_chain) + [False] * len(shared)
+            self._programs[name] = self.potential.program(function, [*per_chain, *shared], flags, calls)
+        return self._programs[name]
+
     def forget_numbers(self) -> None:
         """Have the coefficients worked out anew."""
         self._numbers, self._phases = {}, {}
@@ -331,10 +350,6 @@ class Run:
         values += [self.kernel.coefficients(step) for step in range(start + 1, start + count)]
         rows = torch.tensor(values, dtype=dtype, device=device).unbind(0)
         return {start + number: row.unbind(0) for number, row in enumerate(rows)}
-
-    def with_state(self, stats: Tensor) -> Tensor:
-        """``stats`` with what is said of the present state said anew."""
-        return self.statistics.with_state(stats, self.state, self.position, self.numbers_at(self.step))
 
     # ---- chains that leave the finite numbers
 

@@ -74,12 +74,12 @@ def update(
 
 
 def test(
-    before: AMAGOLDState, after: AMAGOLDState, energy: Tensor, uniform: Tensor, temperature: float, settling: bool
+    before: AMAGOLDState, after: AMAGOLDState, energy: Tensor, uniform: Tensor, temperature: Tensor, settling: Tensor
 ) -> tuple[AMAGOLDState, Tensor]:
     """The Metropolis test of a whole proposal: the state that follows, and which chains stay ``(chains, 1)``."""
     excess = (energy - before.energy - after.work) / temperature
     fall = (before.energy - energy) / temperature
-    probability = settling_acceptance(excess, fall) if settling else acceptance(excess)
+    probability = torch.where(settling > 0, settling_acceptance(excess, fall), acceptance(excess))
     stays = uniform < probability
     position = torch.where(stays, after.position, before.position)
     momentum = torch.where(stays, after.momentum, -before.momentum)
@@ -152,11 +152,29 @@ class AMAGOLD(CorrectedKernel):
                 run.state = run.state._replace(momentum=self.fresh_momentum(run.state.position))
             before, known = run.state, stats
             stats = run.take_steps(self.num_steps)
-            energy = run.full_energy(run.state.position).unsqueeze(-1)
-            uniform = torch.rand_like(energy)
-            settling = self.is_settling(run.step - 1)
-            run.state, stays = test(before, run.state, energy, uniform, value_at(self.temperature, 0), settling)
             known = torch.nan_to_num(stats) if known is None else known  # nothing is known before the first proposal
-            stats = run.with_state(torch.where(stays, stats, known))
+            stats = self._finish(run, before, stats, known)
         assert stats is not None
+        return stats
+
+    def _finish(self, run: Run, before: AMAGOLDState, stats: Tensor, known: Tensor) -> Tensor:
+        """The test of a proposal, and the statistics of where it leaves the chains."""
+        energy = run.full_energy(run.state.position).unsqueeze(-1)
+        settling = float(self.is_settling(run.step - 1))
+        flags = energy.new_tensor([value_at(self.temperature, 0), settling]).unbind()
+        given = [*before, *run.state, energy, torch.rand_like(energy), stats, known]
+        coefficients, fields = len(run.numbers_at(0)), len(before)
+
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            energy, uniform, stats, known, temperature, settling = tensors[2 * fields : 2 * fields + 6]
+            numbers, metric = tensors[2 * fields + 6 :][:coefficients], tensors[2 * fields + 6 + coefficients :]
+            start, end = AMAGOLDState(*tensors[:fields]), AMAGOLDState(*tensors[fields : 2 * fields])
+            state, stays = test(start, end, energy, uniform, temperature, settling)
+            position = run.metric.forward(state.position, metric)
+            return (*state, run.statistics.with_state(torch.where(stays, stats, known), state, position, numbers))
+
+        shared = [*flags, *run.numbers_at(0), *run.metric.tensors]
+        program = run.program("test", function, given, shared, run.planned_steps // self.num_steps)
+        *state, stats = program(*given, *shared)
+        run.state = AMAGOLDState(*state)
         return stats

@@ -241,6 +241,11 @@ class SGHMC(MomentumKernel):
                 f"friction is {self.friction}, and step_size='auto' needs a number > 0: without friction, noisy "
                 "gradients heat the chain without end."
             )
+        if np.any(self._gradient_noise()):
+            raise ValueError(
+                "step_size='auto' measures the noise of the gradients and chooses a step for it: leave gradient_noise "
+                "out, or give step_size as a number."
+            )
         weight = 1.0 / (self._friction(0) * temperature)
         damping = float(np.max(self._friction(0) / self._mass())) if self.integrator == "symplectic_euler" else 0.0
         model = BiasModel(2, 1.0 / self._mass(), weight, temperature, damping)

@@ -178,6 +178,10 @@ def test_nothing_changes_after_warm_up_and_runs_repeat():
             "friction is 0.0, and step_size='auto' needs",
         ),
         (lambda: SGHMC(targets.gaussian, step_size="auto", friction=Constant(1.0)), "friction is Constant"),
+        (
+            lambda: SGHMC(targets.gaussian, step_size="auto", friction=1.0, gradient_noise=2.0),
+            "measures the noise of the gradients .*: leave gradient_noise out",
+        ),
         (lambda: MaSDE(targets.gaussian, step_size="auto", diffusion=torch.ones_like), "MaSDE knows no rule"),
         (lambda: CyclicalSGLD(targets.gaussian, step_size="auto", cycle_length=5), "step_size is 'auto'; give a"),
         (

@@ -19,8 +19,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bnn.agreement import cause_of, graph_disagreement
 from bnn.fisher import probes_of, whole_batch_probes
+from bnn.handlers_check import cause_of, graph_disagreement
 from bnn.log_joint import quiet_handlers
 from bnn.minibatch import Arguments, TensorLeaves
 from bnn.recording import RecordingError, record_forward

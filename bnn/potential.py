@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnn import checks
-from bnn.agreement import cause_of, disagreement, handlers_energy_and_grad
 from bnn.full_data import mean_rows, over_all_data, traced_chunk, traced_chunk_and_grad
+from bnn.handlers_check import cause_of, disagreement, handlers_energy_and_grad
 from bnn.initialization import Strategy, find_starts, strategy_of
 from bnn.log_joint import LogJoint, quiet_handlers
 from bnn.minibatch import Stream, TensorLeaves

@@ -199,8 +199,6 @@ def test_chains_from_far_away_arrive_in_warm_up(kernel):
         ({"step_size": Constant(0.1)}, "step_size is a Schedule"),
         ({"friction": Constant(0.1)}, "friction is a Schedule"),
         ({"temperature": 0.0}, "temperature is 0"),
-        ({"replacement": False}, "drawn independently"),
-        ({"batches": [(torch.ones(3),)]}, "batches= fixes the order"),
         ({"mass": -1.0}, "mass holds -1"),
     ],
 )
@@ -211,10 +209,19 @@ def test_bad_settings(kernel, settings, message):
         one.setup(0, torch.ones(3))
 
 
-def test_models_that_have_no_energy_to_test():
-    with pytest.raises(ValueError, match="subsamples at plates.*AMAGOLD"):
-        GGMC(targets.regression, step_size=0.1, friction=1.0, compile="fx").setup(0, *targets.regression_data())
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"replacement": False}, "drawn independently"),
+        ({"batches": [(torch.ones(3),)]}, "batches= fixes the order"),
+    ],
+)
+def test_minibatches_in_an_order_of_their_own_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AMAGOLD(targets.gaussian, step_size=0.1, friction=1.0, **settings)
 
+
+def test_models_that_have_no_energy_to_test():
     def noisy(x):
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.factor("noise", torch.nn.functional.dropout(z * x, 0.5).sum())

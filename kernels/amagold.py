@@ -139,8 +139,8 @@ class AMAGOLD(CorrectedKernel):
         h, temperature, mass = self.step_size_at(0), value_at(self.temperature, 0), self._mass()
         x = 0.5 * h * (self.friction or 0.0) / mass
         noise_scale = np.sqrt(4.0 * x * temperature * mass) / (1.0 + x)
-        step = 0.5 * h / mass, (1.0 - x) / (1.0 + x), h / (1.0 + x), noise_scale
-        return *step, self.slack, 1.0 / temperature, 1.0 / mass
+        moves = 0.5 * h / mass, (1.0 - x) / (1.0 + x), h / (1.0 + x), noise_scale
+        return *moves, self.slack, 1.0 / temperature, 1.0 / mass
 
     def update(
         self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]
@@ -163,6 +163,7 @@ class AMAGOLD(CorrectedKernel):
     ) -> tuple[AMAGOLDState, Tensor]:
         """:func:`test`, and the statistics with what is said of a state said anew."""
         (energy, stats, known), (to_model, numbers) = tested, map_and_numbers
-        state, stays = test(*ends, energy, uniform, Coefficients(*numbers))
+        before, after = ends
+        state, stays = test(before, after, energy, uniform, Coefficients(*numbers))
         stats = torch.where(stays, stats, known)
         return state, run.statistics.with_state(stats, state, to_model(state.position), numbers)

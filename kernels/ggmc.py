@@ -173,7 +173,7 @@ class GGMC(CorrectedKernel):
         self, run: Run, ends: Sequence[Any], uniform: Tensor, tested: Sequence[Tensor], map_and_numbers: Any
     ) -> tuple[GGMCState, Tensor]:
         """:func:`test`, and the statistics of the state that follows."""
-        to_model, numbers = map_and_numbers
-        state = test(*ends, *tested, uniform, Coefficients(*numbers))
+        (before, after), (energy,), (to_model, numbers) = ends, tested, map_and_numbers
+        state = test(before, after, energy, uniform, Coefficients(*numbers))
         evaluation = Evaluation(state.position, state.energy[:, 0], state.grad)
-        return state, run.statistics.row(ends[0], state, evaluation, to_model(state.position), numbers)
+        return state, run.statistics.row(before, state, evaluation, to_model(state.position), numbers)

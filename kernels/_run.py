@@ -108,8 +108,7 @@ class Run:
     @property
     def is_noisy(self) -> bool:
         """Whether two gradients at one place differ: minibatches, or random numbers of the model's own."""
-        minibatches = bool(self.potential.plates) or self.potential.batches is not None
-        return (minibatches and not self.in_chunks) or self.potential.is_random
+        return bool(self.potential.plates) or self.potential.batches is not None or self.potential.is_random
 
     def full_energy(self, u: Tensor) -> Tensor:
         """Energy of all data at a position of the chains' coordinates, ``(chains,)``."""

@@ -119,7 +119,7 @@ def test_acceptance_tends_to_one(kernel, settings):
 
 @pytest.mark.parametrize("slack", [0.0, -0.1])
 def test_chances(slack):
-    """min(1, exp(−ΔH/T)), early in warm-up 1 where ΔH is less than a tenth of the fall of U; 0 for what is not finite."""
+    """min(1, exp(−ΔH/T)), early in warm-up 1 where ΔH is below a tenth of the fall of U; 0 for what is not finite."""
     fall = torch.tensor([[3.0], [-3.0], [0.0], [40.0], [40.0], [-40.0], [np.nan], [-np.inf]], dtype=torch.float64)
     gain = torch.tensor([[-0.5], [-0.05], [0.7], [-3.9], [-4.1], [-4.1], [np.nan], [-np.inf]], dtype=torch.float64)
     start, inverse_temperature = torch.full_like(fall, 7.0), torch.tensor(2.0).double()

@@ -394,8 +394,6 @@ def test_svrg_with_a_step_size_that_is_found(every):
     z, variance = kernel.position.flatten().numpy(), svrg_moments(h, 24, every, first=first)[0, 0]
     assert_mean("slope", z, mean, variance)
     assert_mean("square", (z - mean) ** 2, variance, float(((z - mean) ** 2).var()))
-    stationary, variances = svrg_moments(h, 400 * every, every), []
-    for step in range(every):
-        stationary = svrg_moments(h, 1, every, stationary, step)
-        variances.append(stationary[0, 0])
+    stationary = svrg_moments(h, 400 * every, every)
+    variances = [svrg_moments(h, step, every, stationary)[0, 0] for step in range(1, every + 1)]
     assert np.mean(variances) * curvature == pytest.approx(1.05, abs=0.005)

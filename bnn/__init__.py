@@ -7,4 +7,6 @@ from bnn.norm_identities import norm_balance as norm_balance
 from bnn.norm_identities import plot_norm_balance as plot_norm_balance
 from bnn.per_site import equipartition as equipartition
 from bnn.potential import Potential as Potential
+from bnn.prediction import Prediction as Prediction
+from bnn.prediction import predict as predict
 from bnn.sampling_cost import efficiency as efficiency

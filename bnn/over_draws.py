@@ -30,6 +30,7 @@ class OverDraws:
     :param draws: values of the latent sites, ``(draws, *shape)``.
     :ivar first: the first draw.
     :ivar count: the number of draws.
+    :ivar largest_tensor: so many numbers may the largest tensor inside the model have, over the draws that run at once.
     :ivar meter: to be entered around one run of the model, before the first call.
     """
 
@@ -38,6 +39,7 @@ class OverDraws:
         self.first = {name: value[0] for name, value in draws.items()}
         self.count = len(next(iter(draws.values())))
         self.meter = Meter()
+        self.largest_tensor = LARGEST_TENSOR
         self._vectorizes: dict[str, bool] = {}
 
     def __call__(
@@ -55,7 +57,7 @@ class OverDraws:
         :param drawn: the laws that ``one`` draws from.
         :param alone: what ``one`` gives for the first draw, to which the vectorized result is compared.
         """
-        at_once = max(1, LARGEST_TENSOR // self.meter.largest)
+        at_once = max(1, self.largest_tensor // self.meter.largest)
         on_cpu = next(iter(self.draws.values())).device.type == "cpu"
         slow = at_once == 1 or (on_cpu and self.meter.convolves)  # a convolution per draw gains nothing on a CPU
         if self._vectorizes.setdefault(kind, not slow and drawn <= DRAWN_AT_ONCE):
@@ -70,18 +72,22 @@ class OverDraws:
         return {name: torch.stack([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def _vectorized(self, one: Callable[..., Any], at_once: int) -> dict[str, Tensor]:
-        pieces = []
+        result: dict[str, Tensor] = {}
         for start in range(0, self.count, at_once):
             part = {name: value[start : start + at_once] for name, value in self.draws.items()}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-                pieces.append(torch.func.vmap(one, randomness="different")(part))
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+                piece = torch.func.vmap(one, randomness="different")(part)
+            for name, value in piece.items():
+                if name not in result:
+                    result[name] = value.new_empty((self.count, *value.shape[1:]))
+                result[name][start : start + at_once] = value
+        return result
 
 
 def _agree(values: Mapping[str, Tensor], alone: Mapping[str, Tensor]) -> bool:
     """Whether the vectorized result of the first draw is the one of a run by itself."""
-    return set(values) == set(alone) and all(
+    return all(
         torch.allclose(values[name][0], one.to(values[name]), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
         for name, one in alone.items()
     )

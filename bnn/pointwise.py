@@ -109,9 +109,9 @@ class _Collector:
 
     def __init__(self, model: Callable[..., Any], over_draws: OverDraws, wanted: set[str]) -> None:
         self.model, self.over_draws, self.wanted = model, over_draws, wanted
-        self.parts = {group: _Parts() for group in wanted}
+        self.parts = {group: Parts() for group in wanted}
         if "constant_data" in wanted:  # is told apart from the observations
-            self.parts.setdefault("observed_data", _Parts())
+            self.parts.setdefault("observed_data", Parts())
         self.whole: dict[str, Tensor] = {}
 
     def add(self, chunk: Chunk) -> None:
@@ -171,7 +171,7 @@ class _Collector:
             )
 
 
-class _Parts:
+class Parts:
     """Variables that are put together from chunks."""
 
     def __init__(self) -> None:

@@ -3,6 +3,8 @@
 from bnn.arviz_data import to_arviz as to_arviz
 from bnn.distributions import EigenNormal as EigenNormal
 from bnn.distributions import MatrixNormal as MatrixNormal
+from bnn.in_function_space import function_space as function_space
+from bnn.in_function_space import summary as summary
 from bnn.norm_identities import norm_balance as norm_balance
 from bnn.norm_identities import plot_norm_balance as plot_norm_balance
 from bnn.per_site import equipartition as equipartition

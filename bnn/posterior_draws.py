@@ -74,6 +74,8 @@ def draws_of(
         not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1
     ):
         raise ValueError(f"num_samples is {num_samples!r}; give the number of draws to predict with, at least 1.")
+    if isinstance(posterior, PosteriorDraws):
+        return posterior
     if hasattr(posterior, "get_samples"):
         if getattr(posterior, "_samples", True) is None:
             raise RuntimeError("there are no draws yet: call run(...) first.")

@@ -187,7 +187,7 @@ def summary(
         name: v.cpu().numpy().reshape(known.chains, known.draws, *v.shape[1:]) for name, v in known.values.items()
     }
     shown = {name: v for name, v in grouped.items() if weights or v[0, 0].size <= SMALL_SITE}
-    kind = "all" if known.chains > 1 else "stats"
+    kind: Any = "all" if known.chains > 1 else "stats"
     tables = []
     predicted = assembled(functions)["posterior"]
     looked_at = 0

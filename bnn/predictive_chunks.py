@@ -1,7 +1,7 @@
 """The laws of a model's observed sites under every draw, chunk of rows by chunk of rows, within a bound of memory.
 
-Rows go through in slices of the arguments where a trial shows that rows do not influence each other; in windows where
-the model's plates draw minibatches; else all at once.
+Rows go through in windows where the model's plates draw minibatches of its arguments; in slices of the arguments where
+a trial shows that rows do not influence each other; else all at once.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class LawsOverDraws:
 
     def _chunks(self, element: int) -> Iterator[Chunk]:
         whole = Chunk(self.args, self.kwargs)
-        if self.trial.plates:
+        if any(plate.batch_size != self.trial_rows for plate in self.trial.plates.values()):
             full = read_targets(self.model, self.over_draws.first, whole, self.draw)
             yield from windows(whole, list(full.plates.values()))
             return
@@ -147,10 +147,11 @@ class LawsOverDraws:
             with contextlib.suppress(Exception):
                 chunk = Chunk(*self._slice(start, start + half))
                 part = read_targets(self.model, self.over_draws.first, chunk, drawn=True).targets
-                if all(_is_part(part[name], self.trial.targets[name], start, half) for name in self.names):
+                whole = self.trial.targets
+                if all(_is_part(part[name], whole[name], start, half, self.trial_rows) for name in self.names):
                     continue
             return False
-        return bool(half)
+        return True
 
     def _slice(self, start: int, stop: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def part(leaf: Any) -> Any:
@@ -161,15 +162,14 @@ class LawsOverDraws:
         return args, kwargs
 
 
-def _is_part(part: Target, whole: Target, start: int, size: int) -> bool:
-    """Whether the law of ``size`` rows by themselves is that of rows ``start`` on among others, twice as many."""
-    dim = whole.row_dim(2 * size)
-    if dim is None or dim != part.row_dim(size):
+def _is_part(part: Target, whole: Target, start: int, size: int, rows: int) -> bool:
+    """Whether the law of ``size`` rows by themselves is that of rows ``start`` on among all ``rows``."""
+    dim, laws = whole.row_dim(rows), closed_form(part.fn)
+    if not laws or dim is None or dim != part.row_dim(size):
         return False
-    laws = closed_form(part.fn)
     for kind, value in closed_form(whole.fn).items():
         place = dim - (value.dim() - len(whole.batch_shape))
-        if value.shape[place] < 2 * size or laws[kind].shape[place] != size:
+        if value.shape[place] != rows or laws[kind].shape[place] != size:
             return False
         if not torch.allclose(value.narrow(place, start, size), laws[kind], rtol=1e-3, atol=1e-4, equal_nan=True):
             return False

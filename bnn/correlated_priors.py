@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro.distributions as dist
@@ -57,8 +57,8 @@ class Correlated(Prior):
 
     scale: float = 1.0
     length_scale: float = 1.0
-    row_covariance: Tensor | None = None
-    column_covariance: Tensor | None = None
+    row_covariance: Tensor | None = field(default=None, repr=False)
+    column_covariance: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_positive(self, "scale", "length_scale")
@@ -73,8 +73,8 @@ class Correlated(Prior):
             covariance = getattr(self, name)
             if covariance is not None and (parameter.value.dim() < 2 or len(covariance) != size):
                 raise ValueError(
-                    f"Correlated: {name} has shape {tuple(covariance.shape)}, but parameter {parameter.name!r} of shape "
-                    f"{tuple(parameter.shape)} "
+                    f"Correlated: {name} has shape {tuple(covariance.shape)}, but parameter {parameter.name!r} of "
+                    f"shape {tuple(parameter.shape)} "
                     + (f"wants ({size}, {size})." if parameter.value.dim() > 1 else "is no matrix.")
                     + " Give it to the parameters that it fits, {'pattern': Correlated(...), '*': FanIn()}."
                 )
@@ -116,7 +116,8 @@ def _factor(name: str, covariance: Any) -> Tensor:
     if not square:
         shown = tuple(covariance.shape) if isinstance(covariance, Tensor) else type(covariance).__name__
         raise ValueError(f"Correlated: {name} is {shown}; give a square matrix, a tensor (n, n).")
+    covariance = covariance.double()
     factor, failed = torch.linalg.cholesky_ex(covariance)
-    if failed or not torch.allclose(covariance, covariance.mT) or not torch.isfinite(covariance).all():
+    if failed or not torch.allclose(covariance, covariance.mT) or not torch.isfinite(factor).all():
         raise ValueError(f"Correlated: {name} is not symmetric and positive definite, and so is no covariance.")
     return factor

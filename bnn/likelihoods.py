@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from bnn.structure import ModelError
 from bnn.target_checks import (
     as_entries,
     check_outputs,
@@ -235,14 +236,14 @@ class Categorical(Likelihood):
         """Whole numbers from 0 to C - 1."""
         weights = self.class_weights
         if weights is not None and len(weights) != outputs_shape[-1]:
-            raise ValueError(
+            raise ModelError(
                 f"Categorical: class_weights has {len(weights)} numbers, but the net returns "
                 f"{outputs_shape[-1]} logits per target: give one weight for each class."
             )
         if weights is not None and len(outputs_shape) > 2:
-            raise ValueError(
-                f"Categorical: class_weights count rows, but the net returns {tuple(outputs_shape)}, several targets per "
-                "row: leave them out, or make each target a row of its own."
+            raise ModelError(
+                f"Categorical: class_weights count rows, but the net returns {tuple(outputs_shape)}, several targets "
+                "per row: leave them out, or make each target a row of its own."
             )
         return class_targets(outputs_shape[-1])
 

@@ -115,8 +115,8 @@ def check_sizes(batch_size: Any, num_data: Any) -> None:
             raise ValueError(f"{name} is {value!r}; give a whole number of at least 1.")
     if batch_size is not None and num_data is not None:
         raise ValueError(
-            f"batch_size={batch_size} draws minibatches from the data that the model is called with, num_data={num_data}"
-            " says that these are one batch of a loader: give one of the two."
+            f"batch_size={batch_size} draws minibatches from the data that the model is called with, and "
+            f"num_data={num_data} says that these are one batch of a loader: give one of the two."
         )
 
 
@@ -127,7 +127,7 @@ def check_names(parameters: Sequence[str], noise: Sequence[str], priors: Mapping
         if name in taken:
             raise ValueError(
                 f"parameter {name!r} of the net has the name of another site of the model "
-                f"({', '.join(map(repr, sorted(taken)))}): rename it, for instance by wrapping the net in nn.Sequential."
+                f"({', '.join(map(repr, sorted(taken)))}): rename it, for instance by nn.Sequential(net)."
             )
     if not noise and not any(prior.latent for prior in priors.values()):
         raise ValueError(
@@ -149,8 +149,8 @@ def check_inputs(inputs: Any, parameters: Sequence[Parameter], seen: Seen) -> in
     shapes = [tuple(part.shape) for part in inputs]
     if not all(shapes) or len({shape[0] for shape in shapes}) > 1 or not shapes[0][0]:
         raise ModelError(
-            f"x has shape {', '.join(map(str, shapes))}: the first dimension counts the rows, at least one, the same for "
-            "all tensors of x."
+            f"x has shape {', '.join(map(str, shapes))}: the first dimension counts the rows, at least one, the same "
+            "for all tensors of x."
         )
     dtypes = {p.value.dtype for p in parameters if p.value.is_floating_point()}
     for part in inputs:
@@ -181,7 +181,7 @@ def check_rows(rows: int, y: Any, mask: Any, num_data: int | None) -> None:
             raise ModelError(f"x has {rows} rows, {name} has shape {tuple(value.shape)}: give {name} the same rows.")
     if num_data is not None and rows > num_data:
         raise ModelError(
-            f"the model was called with {rows} rows, but num_data={num_data} says how many there are in all."
+            f"the model was called with {rows} rows, but num_data={num_data}: give the number of rows of all data."
         )
 
 
@@ -189,8 +189,8 @@ def check_outputs(outputs: Any, rows: int) -> None:
     """:raises ValueError: unless the net returns one tensor of real numbers, whose first dimension counts the rows."""
     if not isinstance(outputs, Tensor):
         raise ModelError(
-            f"the net returns {type(outputs).__name__}; wanted is one tensor. Wrap it in a module that returns what the "
-            "likelihood is about, such as net(x)[0][:, -1] of a recurrent layer."
+            f"the net returns {type(outputs).__name__}; wanted is one tensor. Wrap it in a module that returns what "
+            "the likelihood is about, such as net(x)[0][:, -1] of a recurrent layer."
         )
     if not outputs.dim() or len(outputs) != rows:
         raise ModelError(

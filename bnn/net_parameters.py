@@ -38,9 +38,11 @@ class Parameter:
     @property
     def is_gain(self) -> bool:
         """Whether it multiplies the output of a layer that normalises, and therefore belongs near one."""
-        local = self.name.rpartition(".")[2]
-        is_norm = isinstance(self.module, _NORMS) or "norm" in type(self.module).__name__.lower()
-        return is_norm and local in ("weight", "gain", "gamma", "scale")
+        return self._normalises and self.name.rpartition(".")[2] in ("weight", "gain", "gamma", "scale")
+
+    @property
+    def _normalises(self) -> bool:
+        return isinstance(self.module, _NORMS) or "norm" in type(self.module).__name__.lower()
 
     @property
     def is_convolution(self) -> bool:
@@ -59,7 +61,7 @@ class Parameter:
         A row of an embedding is looked up, not added up: 1. A transposed convolution adds up, on average, its inputs
         times the positions of its filter over its stride.
         """
-        if self.value.dim() < 2 or self.is_gain:
+        if self.value.dim() < 2 or self._normalises:
             return None
         if isinstance(self.module, (nn.Embedding, nn.EmbeddingBag)):
             return 1.0

@@ -1,4 +1,4 @@
-"""Draws from the prior and what they predict: a prior over weights is understood through the functions that it draws."""
+"""Draws from the prior and what they predict: a prior over weights is understood by the functions that it draws."""
 
 from __future__ import annotations
 

@@ -151,8 +151,8 @@ def check_values(name: str, y: Tensor, mask: Tensor | None, allowed: Range) -> N
             bad = counted & ~torch.isfinite(y)
             if bad.any():
                 raise ModelError(
-                    f"y holds {int(bad.sum())} values that are NaN or infinite, first in row {_first(bad)}: remove these "
-                    "rows, or leave them out of the likelihood by mask=, a tensor of torch.bool."
+                    f"y holds {int(bad.sum())} values that are NaN or infinite, first in row {_first(bad)}: remove "
+                    "these rows, or leave them out of the likelihood by mask=, a tensor of torch.bool."
                 )
         bad = counted & ~allowed.inside(y)
         if bad.any():

@@ -90,6 +90,11 @@ def check_net(net: Any) -> None:
                 f"{where} changes its running statistics at every call: call net.eval(), or make it without "
                 "track_running_stats."
             )
+        if module.training and isinstance(module, nn.RReLU) and module.lower != module.upper:
+            raise ValueError(
+                f"{where} draws its slopes at random, and that noise is no part of a posterior over the parameters: call "
+                "net.eval()."
+            )
         if module.training and _dropout(module):
             raise ValueError(
                 f"{where} drops values at random, p = {_dropout(module):g}, and that noise is no part of a posterior "

@@ -1,8 +1,7 @@
-"""Likelihoods of a net's outputs: the densities written out by hand, masks and weights as sums, and bad targets."""
+"""Likelihoods of a net's outputs: the densities written out by hand, masks and weights as sums."""
 
 from __future__ import annotations
 
-import copy
 import math
 import pickle
 from collections.abc import Callable
@@ -10,16 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
 from scipy import special, stats
-from torch import Tensor, nn
+from torch import Tensor
 
 import bnn
-from bnn import likelihoods, target_checks
 from bnn.likelihoods import (
     Bernoulli,
     Categorical,
@@ -29,8 +26,10 @@ from bnn.likelihoods import (
     Poisson,
     StudentT,
 )
+from bnn.pointwise import evaluate
 from support.checks import ALPHA
 from support.nets import numbers
+from support.plain_nets import model_of_outputs
 
 ROWS = 12
 
@@ -51,6 +50,7 @@ def negative_binomial(y: np.ndarray, f: np.ndarray, concentration: float) -> np.
 
 HALF_CAUCHY = dist.HalfCauchy(torch.tensor(1.0, dtype=torch.float64))
 GAMMA = dist.Gamma(torch.tensor(6.0, dtype=torch.float64), torch.tensor(5.0, dtype=torch.float64))
+SCALES = torch.tensor([0.1, 0.2, 1.0], dtype=torch.float64)
 PER_OUTPUT = dist.LogNormal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1)
 
 
@@ -110,7 +110,7 @@ CASES = [
     Case("gaussian_known_precision", Gaussian(precision=4.0), lambda y, f, v: gaussian(y, f, 0.5)),
     Case("gaussian_3", Gaussian(0.3), lambda y, f, v: gaussian(y, f, 0.3), (3,)),
     Case("gaussian_image", Gaussian(0.3), lambda y, f, v: gaussian(y, f, 0.3), (2, 3)),
-    Case("gaussian_per_output", Gaussian(torch.tensor([0.1, 0.2, 1.0], dtype=torch.float64)), lambda y, f, v: gaussian(y, f, [0.1, 0.2, 1]),
+    Case("gaussian_per_output", Gaussian(SCALES), lambda y, f, v: gaussian(y, f, [0.1, 0.2, 1]),
          (3,)),
     Case("gaussian_learned_3", Gaussian(PER_OUTPUT), gaussian, (3,), learned="scale"),
     Case("heteroscedastic", HeteroscedasticGaussian(), heteroscedastic, (2,)),
@@ -128,21 +128,6 @@ CASES = [
     Case("negative_binomial_learned", NegativeBinomial(GAMMA), negative_binomial, (3,), "counts", "concentration"),
 ]  # fmt: skip
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-class Outputs(nn.Module):
-    """Returns x, shifted: its outputs are what the test says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.shift
-
-
-def model_of(likelihood: Any, **settings: Any) -> Any:
-    return bnn.bayesian(Outputs(), prior=bnn.priors.Normal(1.0), likelihood=likelihood, **settings)
 
 
 def noise_of(case: Case) -> dict[str, Tensor]:
@@ -173,13 +158,13 @@ def log_likelihood(model: Any, case: Case, *args: Any) -> Tensor:
 def test_log_joint_is_the_one_by_hand(case: Case) -> None:
     y, f = case.y(), case.f()
     values = {"shift": torch.tensor(0.0), **noise_of(case)}
-    trace = poutine.trace(poutine.condition(model_of(case.likelihood), values)).get_trace(f, y)
+    trace = poutine.trace(poutine.condition(model_of_outputs(case.likelihood), values)).get_trace(f, y)
     expected = densities(case, y, f).sum() + stats.norm.logpdf(0.0)
     if case.learned:
         expected += float(getattr(case.likelihood, case.learned).log_prob(values[case.learned]))
     assert abs(float(trace.log_prob_sum()) - expected) <= 1e-12 * (1 + abs(expected))
     rows = densities(case, y, f).reshape(ROWS, -1).sum(-1)
-    found = log_likelihood(model_of(case.likelihood), case, f, y).numpy()
+    found = log_likelihood(model_of_outputs(case.likelihood), case, f, y).numpy()
     assert np.allclose(found, rows, rtol=1e-12, atol=1e-12)
 
 
@@ -190,13 +175,13 @@ def test_targets_of_one_output_may_have_a_dimension_of_one(case: Case) -> None:
     if case.targets == "classes":
         pytest.skip("class numbers have no such dimension")
     y, f = case.y(), case.f()
-    expected = log_likelihood(model_of(case.likelihood), case, f, y)
+    expected = log_likelihood(model_of_outputs(case.likelihood), case, f, y)
     mask = torch.arange(ROWS) % 3 > 0
     if case.outputs == (1,):
-        assert torch.equal(log_likelihood(model_of(case.likelihood), case, f, y.unsqueeze(-1)), expected)
-        masked = log_likelihood(model_of(case.likelihood), case, f, y[:, None], mask[:, None])
+        assert torch.equal(log_likelihood(model_of_outputs(case.likelihood), case, f, y.unsqueeze(-1)), expected)
+        masked = log_likelihood(model_of_outputs(case.likelihood), case, f, y[:, None], mask[:, None])
         assert torch.equal(masked, torch.where(mask, expected, torch.zeros(())))
-        assert torch.equal(log_likelihood(model_of(case.likelihood), case, f.squeeze(-1), y), expected)
+        assert torch.equal(log_likelihood(model_of_outputs(case.likelihood), case, f.squeeze(-1), y), expected)
 
 
 @each_case
@@ -204,7 +189,7 @@ def test_masks_leave_out(case: Case) -> None:
     """Whatever stands where the mask is False, NaN included: the sum over the rest, and finite gradients."""
     y, f = case.y(), case.f()
     of_rows, of_numbers = torch.arange(ROWS) % 3 > 0, numbers(*y.shape, seed=10) > -0.5
-    model = model_of(case.likelihood)
+    model = model_of_outputs(case.likelihood)
     for mask in (of_rows, of_numbers):
         entries = mask.reshape(-1, *[1] * (y.dim() - 1)).expand(y.shape) if mask.shape != y.shape else mask
         expected = np.where(entries, densities(case, y, f), 0.0).reshape(ROWS, -1).sum(-1)
@@ -219,7 +204,7 @@ def test_masks_leave_out(case: Case) -> None:
 @each_case
 def test_recording_is_the_handlers(case: Case) -> None:
     """On minibatches with a mask, for several chains."""
-    y, f, model = case.y(), case.f(), model_of(case.likelihood, batch_size=5)
+    y, f, model = case.y(), case.f(), model_of_outputs(case.likelihood, batch_size=5)
     potential = bnn.Potential(model, f, y, torch.arange(ROWS) % 3 > 0, compile="fx")
     assert potential.is_recorded and potential.vectorizes()
     position = 0.5 * torch.randn(2, potential.dim)
@@ -246,7 +231,7 @@ def test_predictions_are_pyros_own(case: Case) -> None:
         mean, variance = (v.reshape(1, ROWS, -1) for v in (law.mean, law.variance))
     z = (samples.mean(0) - mean[0]) / (variance[0] / draws).sqrt()
     assert 2 * stats.norm.sf(z.abs().max()) * z.numel() > ALPHA
-    model = pickle.loads(pickle.dumps(model_of(case.likelihood)))
+    model = pickle.loads(pickle.dumps(model_of_outputs(case.likelihood)))
     values = {"shift": torch.zeros(()), **noise_of(case)}
     drawn = poutine.trace(poutine.condition(model, values)).get_trace(f).nodes["y"]["value"]
     assert drawn.shape == (ROWS, *case.shape)
@@ -257,7 +242,7 @@ def test_class_weights_make_the_weighted_sum(batch_size: int | None) -> None:
     case = CASES[[case.name for case in CASES].index("categorical")]
     weights, y, f = np.array([1.0, 0.5, 2.0, 3.0]), case.y(), case.f()
     terms = weights[y.numpy()] * densities(case, y, f)
-    model = model_of(Categorical(weights.tolist()), batch_size=batch_size)
+    model = model_of_outputs(Categorical(weights.tolist()), batch_size=batch_size)
     mask = torch.arange(ROWS) % 3 > 0
     for args, expected in (((f, y), terms), ((f, y, mask), np.where(mask, terms, 0.0))):
         potential = bnn.Potential(model, *args, compile="fx")
@@ -266,159 +251,7 @@ def test_class_weights_make_the_weighted_sum(batch_size: int | None) -> None:
         assert abs(energy + expected.sum()) <= 1e-12 * (1 + abs(energy))
     if batch_size is None:
         run = {"shift": torch.zeros(3)}
-        from bnn.pointwise import evaluate
-
         groups = evaluate(model, (f, y), {}, run, {"log_likelihood": True})
         assert np.allclose(groups.values["log_likelihood"]["y"][0], densities(case, y, f))  # of the targets, unweighted
     trace = poutine.trace(poutine.condition(model, {"shift": torch.zeros(())})).get_trace(f)
     assert trace.nodes["y"]["scale"] == 1.0  # predictions know of no weights
-
-
-# ---- what is checked, and when
-
-
-def test_targets_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    reads = []
-    original = likelihoods.check_values
-    monkeypatch.setattr(likelihoods, "check_values", lambda *args: (reads.append(1), original(*args)))
-    model, x, y = model_of(Gaussian(0.3)), numbers(ROWS, 1), numbers(ROWS)
-    for _ in range(3):
-        model(x, y)
-    assert len(reads) == 1
-    y[3] = 1.0  # a write
-    model(x, y)
-    assert len(reads) == 2
-    model(x, y.clone())
-    assert len(reads) == 3
-    y[3] = math.nan
-    with pytest.raises(ValueError, match="NaN"):
-        model(x, y)
-    with torch.inference_mode():
-        model(x, torch.zeros(ROWS))
-    copy.deepcopy(model)(x, torch.zeros(ROWS))
-
-
-def test_targets_are_not_read_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside a vectorized recording over a loader's batches, whose values are stand-ins."""
-    read = []
-    original = target_checks.has_values
-    monkeypatch.setattr(target_checks, "has_values", lambda y: read.append(original(y)) or read[-1])
-    x, y = numbers(ROWS, 4), torch.arange(ROWS) % 4
-    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=6)
-    potential = bnn.Potential(model_of(Categorical(), num_data=ROWS), batches=batches, compile="fx")
-    potential.energy_and_grad(torch.zeros(3, 1))
-    assert potential.is_recorded and potential.vectorizes() and False in read
-
-
-def check(likelihood: Any, outputs: tuple[int, ...], y: Any, mask: Any = None) -> Callable[[], Any]:
-    return lambda: likelihood.check(outputs, y, mask)
-
-
-def real(*shape: int) -> Tensor:
-    return torch.zeros(shape)
-
-
-def whole(*values: int) -> Tensor:
-    return torch.tensor(values)
-
-
-MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
-    # settings
-    "scale and precision": (lambda: Gaussian(0.1, 1.0), ("both scale and precision", "give one")),
-    "scale of zero": (lambda: Gaussian(0.0), ("Gaussian: scale is 0.0", "above 0", "distribution")),
-    "precision of text": (lambda: Gaussian(precision="high"), ("Gaussian: precision is 'high'",)),
-    "scales of zero": (lambda: StudentT(4.0, torch.tensor([1.0, 0.0])), ("StudentT: scale is tensor",)),
-    "learned df": (lambda: StudentT(GAMMA), ("StudentT: df is Gamma", "number above 0")),
-    "min_scale": (lambda: HeteroscedasticGaussian(-1.0), ("HeteroscedasticGaussian: min_scale is -1.0",)),
-    "concentration": (lambda: NegativeBinomial(math.inf), ("NegativeBinomial: concentration is inf",)),
-    "negative scales": (
-        lambda: Gaussian(dist.Normal(0.0, 1.0)),
-        ("scale is a Normal, whose support Real()", "HalfCauchy"),
-    ),
-    "a prior per row": (
-        lambda: Gaussian(dist.HalfCauchy(torch.ones(3))),
-        ("batch shape (3,)", ".expand([K]).to_event(1)"),
-    ),
-    "weight of zero": (lambda: Categorical([1.0, 0.0]), ("class_weights is [1.0, 0.0]", "above 0 for each class")),
-    "noise that is not given": (lambda: Gaussian(HALF_CAUCHY).law(real(3)), ("learns its scale", "{'scale': ...}")),
-    # nets
-    "odd outputs": (check(HeteroscedasticGaussian(), (5, 3), real(5)), ("(5, 3)", "even number of outputs")),
-    "one number": (check(HeteroscedasticGaussian(), (5,), real(5)), ("(5,)", "even number of outputs")),
-    "one class": (check(Categorical(), (5, 1), whole(0, 0)), ("(5, 1)", "one logit per class", "Bernoulli")),
-    "no classes": (check(Categorical(), (5,), whole(0, 0)), ("(5,)", "as many outputs as there are classes")),
-    "weights of other classes": (
-        check(Categorical([1.0, 2.0]), (5, 3), whole(0, 1)),
-        ("class_weights has 2 numbers", "3 logits"),
-    ),
-    "weights of sequences": (
-        check(Categorical([1.0, 2.0]), (5, 4, 2), torch.zeros(5, 4, dtype=torch.long)),
-        ("class_weights count rows", "(5, 4, 2)"),
-    ),
-    # shapes
-    "no tensor": (check(Gaussian(), (5, 1), [1.0]), ("y is list", "torch.as_tensor(y)")),
-    "too few outputs": (check(Gaussian(), (5, 1), real(7, 2)), ("(7, 2)", "(5, 1)", "targets (N,)")),
-    "too many outputs": (check(Gaussian(), (5, 2), real(7)), ("(7,)", "(5, 2)", "targets (N, 2)")),
-    "a number": (check(Gaussian(), (5, 1), torch.tensor(1.0)), ("()", "targets (N,)")),
-    "one of two": (check(HeteroscedasticGaussian(), (5, 2), real(7, 2)), ("(7, 2)", "targets (N,)")),
-    "one-hot": (check(Categorical(), (5, 3), real(7, 3)), ("(7, 3)", "targets (N,)", "y.argmax(-1)")),
-    "column of classes": (
-        check(Categorical(), (5, 3), torch.zeros(7, 1, dtype=torch.long)),
-        ("(7, 1)", "targets (N,)", "y.squeeze(-1)"),
-    ),
-    "mask of numbers": (check(Gaussian(), (5, 1), real(7), real(7)), ("mask is torch.float32", "torch.bool")),
-    "mask of another shape": (
-        check(Gaussian(), (5, 2), real(7, 2), torch.ones(6, dtype=torch.bool)),
-        ("mask has shape (6,)", "(7, 2)"),
-    ),
-    # kinds and values
-    "NaN": (check(Gaussian(), (5, 1), torch.tensor([0.0, math.nan])), ("1 values", "NaN", "row 1", "mask=")),
-    "infinity": (check(StudentT(), (5, 2), torch.full((2, 2), math.inf)), ("4 values", "infinite", "row 0")),
-    "complex numbers": (check(Gaussian(), (5, 1), torch.zeros(3) * 1j), ("complex64", "finite numbers")),
-    "real classes": (check(Categorical(), (5, 3), real(7)), ("torch.float32", "0 to 2", "y.long()")),
-    "class too high": (check(Categorical(), (5, 3), whole(0, 1, 3)), ("holds 3 in row 2", "0 to 2", "3 logits")),
-    "class below zero": (check(Categorical(), (5, 3), whole(0, -1)), ("holds -1 in row 1", "0 to 2")),
-    "neither 0 nor 1": (check(Bernoulli(), (5, 1), torch.tensor([1.0, 0.5])), ("holds 0.5 in row 1", "wants 0 or 1")),
-    "classes from one": (check(Bernoulli(), (5, 1), whole(1, 2)), ("holds 2 in row 1", "0 or 1")),
-    "negative count": (check(Poisson(), (5, 1), whole(1, -2)), ("holds -2 in row 1", "at least 0")),
-    "part of a count": (check(NegativeBinomial(), (5, 1), torch.tensor([0.5])), ("holds 0.5", "whole numbers")),
-    "count not a number": (check(Poisson(), (5, 1), torch.tensor([math.nan])), ("NaN", "mask=")),
-    "unmasked": (
-        check(Gaussian(), (5, 1), torch.tensor([math.nan, math.nan]), torch.tensor([False, True])),
-        ("1 values", "row 1"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_refused_in_words(name: str) -> None:
-    act, words = MISTAKES[name]
-    with pytest.raises(ValueError) as caught:
-        act()
-    for word in words:
-        assert word in str(caught.value), str(caught.value)
-
-
-GOOD = {
-    "boolean labels": check(Bernoulli(), (5, 1), torch.tensor([True, False])),
-    "integer labels": check(Bernoulli(), (5, 3), torch.ones(4, 3, dtype=torch.uint8)),
-    "whole counts": check(Poisson(), (5, 1), whole(0, 4)),
-    "small integers": check(Categorical(), (5, 3), torch.tensor([0, 2], dtype=torch.uint8)),
-    "integers as real targets": check(Gaussian(), (5, 1), whole(0, 4)),
-    "float32 targets": check(Gaussian(), (5, 1), torch.zeros(3, dtype=torch.float32)),
-    "NaN under the mask": check(Gaussian(), (5, 1), torch.tensor([math.nan]), torch.tensor([False])),
-    "no values": check(Gaussian(), (5, 1), torch.zeros(3, device="meta")),
-}
-
-
-@pytest.mark.parametrize("name", GOOD)
-def test_what_is_right_is_not_refused(name: str) -> None:
-    GOOD[name]()
-
-
-@pytest.mark.parametrize("y", [torch.tensor([True, False]), torch.tensor([1, 0]), torch.tensor([1.0, 0.0]).float()])
-def test_targets_are_brought_to_the_precision_of_the_net(y: Tensor) -> None:
-    trace = poutine.trace(model_of(Bernoulli())).get_trace(torch.zeros(2, 1), y)
-    assert trace.nodes["y"]["value"].dtype == torch.float64
-    assert pyro.poutine.trace(model_of(Categorical())).get_trace(torch.zeros(2, 3), y.int()).nodes["y"][
-        "value"
-    ].dtype == (torch.long)

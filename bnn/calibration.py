@@ -4,11 +4,11 @@ In a bin b of the confidences c with n_b rows, of which a part a_b is right,
 
     ECE = Σ_b (n_b/n) |a_b - c̄_b|
 
-Guo et al. (2017), ICML; DeGroot and Fienberg (1983). ECE is not zero for a right predictive, as a_b is a mean of n_b coin
-tosses: it falls as n^-½, grows with the bins, and no ECE says anything without that size. So labels are drawn again from
-the predicted probabilities, the rows kept (consistency resampling, Bröcker and Smith 2007, Weather and Forecasting, with
-the forecasts held fixed): from R such data sets come the band of each a_b, a Poisson-binomial quantile by Monte Carlo,
-the mean of ECE under calibration, and the part of them whose ECE is at least the observed one,
+Guo et al. (2017), ICML; DeGroot and Fienberg (1983). ECE is not zero for a right predictive, as a_b is a mean of n_b
+coin tosses: it falls as n^-½, grows with the bins, and says nothing without that size. So labels are drawn again from
+the predicted probabilities, the rows kept (consistency resampling, Bröcker and Smith 2007, Weather and Forecasting,
+with the forecasts held fixed): from R such data sets come the band of each a_b, a Poisson-binomial quantile by Monte
+Carlo, the mean of ECE under calibration, and the part of them whose ECE is at least the observed one,
 
     p = (1 + #{ECE* ≥ ECE})/(R + 1)
 

@@ -2,8 +2,8 @@
 
     agreement = mean_n 1[argmax p_n = argmax q_n]        total variation = mean_n ½ Σ_k |p_nk - q_nk|
 
-and for regression the Wasserstein distance of order 1 between two samples of each row, ∫|F(x) - G(x)| dx. The competition
-calls it W2, but its code computes this one (Izmailov et al. 2021, ICML; Wilson et al. 2022, PMLR 176).
+and for regression the Wasserstein distance of order 1 between two samples of each row, ∫|F(x) - G(x)| dx. The
+competition calls it W2, but its code computes this one (Izmailov et al. 2021, ICML; Wilson et al. 2022, PMLR 176).
 
 All three are symmetric, and 1, 0 and 0 for equal distributions. Two samples of S draws from one law are not at distance
 zero: compare with the distance between two halves of the reference.

@@ -1,16 +1,16 @@
 """LOO and WAIC by ArviZ, read out in words.
 
-elpd = Σ_n log p(y_n | the other rows), by Pareto-smoothed importance sampling from the draws of one run (Vehtari, Gelman and
-Gabry 2017, Statistics and Computing; Vehtari et al. 2024, JMLR 25(72)). The shape k of the largest weights of a row says
-whether its term can be believed, of S draws:
+elpd = Σ_n log p(y_n | the other rows), by Pareto-smoothed importance sampling from the draws of one run (Vehtari,
+Gelman and Gabry 2017, Statistics and Computing; Vehtari et al. 2024, JMLR 25(72)). The shape k of the largest weights
+of a row says whether its term can be believed, of S draws:
 
     k ≤ min(1 - 1/log₁₀S, 0.7)   good
     k ≤ 0.7                      good with more draws: 10^(1/(1 - k)) of them
     k ≤ 1                        bad: biased, and the more draws needed are out of reach
     k > 1                        very bad: the weights have no mean
 
-Both estimate how well the *posterior* predicts. Draws at another temperature than 1, from a guide, or from a kernel that does
-not sample the posterior are not reweighted into it, and the report says so.
+Both estimate how well the *posterior* predicts. Draws at another temperature than 1, from a guide, or from a kernel
+that does not sample the posterior are not reweighted into it, and the report says so.
 
 This file needs neither torch nor Pyro.
 """
@@ -241,8 +241,8 @@ def _what_was_drawn(attrs: Mapping[str, Any]) -> Iterator[str]:
         )
     if "guide" in attrs:
         yield (
-            f"The draws are from a guide, {attrs['guide']}: LOO and WAIC take them for the posterior, and are as wrong as "
-            "the guide is. Score held-out rows beside them."
+            f"The draws are from a guide, {attrs['guide']}: LOO and WAIC take them for the posterior, and are as wrong "
+            "as the guide is. Score held-out rows beside them."
         )
     if "caveat" in attrs:
         yield f"Of the draws: {attrs['caveat']}"

@@ -11,9 +11,9 @@ several minima, so that the search starts from a grid.
 
 This τ scales predictions; the temperature T of a posterior is another thing.
 
-The NLL of the rows on which τ was fitted flatters it. The field's number for comparisons is the calibrated NLL: τ is fitted on
-half of the test rows and scored on the other, both ways, over five random splits (Ashukha et al. 2020, ICLR; Lobacheva et
-al. 2020, NeurIPS, whose two protocols these are).
+The NLL of the rows on which τ was fitted flatters it. The field's number for comparisons is the calibrated NLL: τ is
+fitted on half of the test rows and scored on the other, both ways, over five random splits (Ashukha et al. 2020, ICLR;
+Lobacheva et al. 2020, NeurIPS, whose two protocols these are).
 """
 
 from __future__ import annotations

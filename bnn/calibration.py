@@ -35,6 +35,7 @@ from bnn.predictive_arrays import (
     probabilities_and_labels,
     whole_number,
 )
+from bnn.predictive_ranks import legend_below
 
 # Numbers drawn at once.
 CHUNK = 5_000_000
@@ -83,24 +84,19 @@ class Reliability:
         middle, width = (self.left + self.right) / 2.0, self.right - self.left
         share = axes.twinx()
         share.bar(middle, self.count / self.count.sum(), 0.9 * width, color="grey", alpha=0.25, linewidth=0)
-        share.set(ylim=(0, 1), ylabel="share of rows (bars)")
-        share.set_zorder(0)
-        axes.set_zorder(1)
+        share.set(ylim=(-0.02, 1.02), ylabel="share of rows (bars)")
+        axes.set_zorder(share.get_zorder() + 1)
         axes.patch.set_visible(False)
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        label = f"{100 * self.band_level:g} % if calibrated"
+        axes.vlines(self.confidence, self.low, self.high, color="C0", alpha=0.35, linewidth=6, label=label)
         outside = (self.accuracy < self.low) | (self.accuracy > self.high)
-        axes.vlines(
-            self.confidence, self.low, self.high, color="C0", alpha=0.35, linewidth=6,
-            label=f"{100 * self.band_level:g} % by chance",
-        )  # fmt: skip
-        axes.plot(
-            self.confidence[~outside], self.accuracy[~outside], "o", color="black", markersize=4, label="observed"
-        )
-        if outside.any():
-            axes.plot(self.confidence[outside], self.accuracy[outside], "D", color="C3", markersize=5, label="outside")
-        axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xlabel="predicted probability", ylabel="observed frequency")
+        for which, marker, color, label in ((~outside, "o", "black", "inside"), (outside, "D", "C3", "outside")):
+            if which.any():
+                axes.plot(self.confidence[which], self.accuracy[which], marker, color=color, markersize=4, label=label)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted probability", ylabel="observed frequency")
         axes.set_title(str(self), fontsize="medium")
-        axes.legend(fontsize="small", loc="upper left")
+        legend_below(axes)
         return axes
 
 

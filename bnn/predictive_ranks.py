@@ -73,7 +73,7 @@ class Coverage:
     band_level: float
 
     def plot(self, axes: Any = None) -> Any:
-        """Plot coverage over level, with its band.
+        """Plot how much coverage exceeds the level, with its band: below zero intervals are too narrow.
 
         :param axes: of Matplotlib; new ones by default.
         :return: the axes.
@@ -82,17 +82,14 @@ class Coverage:
         axes = library("matplotlib.pyplot").subplots(layout="constrained")[1] if axes is None else axes
         order = np.argsort(self.expected)
         x = self.expected[order]
-        axes.fill_between(
-            x, self.low[order], self.high[order], color="C0", alpha=0.2, linewidth=0, label=_band_label(self.band_level)
-        )
-        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        lines = self.covered[order].reshape(len(x), -1)
-        for column in range(lines.shape[1]):
-            label = "observed" if lines.shape[1] == 1 else f"output {column}"
-            axes.plot(x, lines[:, column], "o-", color=f"C{column + 1}", markersize=4, linewidth=1.2, label=label)
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="level of the interval", ylabel="part of targets inside")
-        axes.set_aspect("equal")
-        axes.legend(fontsize="small", loc="upper left")
+        low, high = self.low[order] - x, self.high[order] - x
+        axes.fill_between(x, low, high, color="C0", alpha=0.2, linewidth=0, label=_band_label(self.band_level))
+        axes.axhline(0.0, color="grey", linewidth=0.8)
+        excess = self.covered[order].reshape(len(x), -1) - x[:, None]
+        for column, label in enumerate(_labels(excess.shape[1])):
+            axes.plot(x, excess[:, column], "o-", color=f"C{column + 1}", markersize=4, linewidth=1.2, label=label)
+        axes.set(xlim=(0, 1), xlabel="level of the interval", ylabel="part of targets inside, minus level")
+        legend_below(axes)
         return axes
 
 
@@ -169,12 +166,13 @@ class ProbabilityIntegralTransform:
         axes.axhspan(self.low, self.high, color="C0", alpha=0.2, linewidth=0, label=_band_label(self.band_level))
         axes.axhline(len(self.values) / len(self.counts), color="grey", linewidth=0.8)
         lines = self.counts.reshape(len(self.counts), -1)
-        for column in range(lines.shape[1]):
-            label = "observed" if lines.shape[1] == 1 else f"output {column}"
-            axes.stairs(lines[:, column], self.edges, color=f"C{column + 1}", linewidth=1.5, label=label)
+        for column, label in enumerate(_labels(lines.shape[1])):
+            axes.stairs(
+                lines[:, column], self.edges, baseline=None, color=f"C{column + 1}", linewidth=1.5, label=label
+            )  # fmt: skip
         axes.set(xlim=(0, 1), xlabel="rank of the target in its predictive", ylabel="rows")
-        axes.set_ylim(0, 1.25 * max(lines.max(), self.high))
-        axes.legend(fontsize="small", loc="upper center", ncols=2)
+        axes.set_ylim(0, 1.1 * max(lines.max(), self.high))
+        legend_below(axes)
         return axes
 
 
@@ -216,4 +214,16 @@ def pit(samples: Any, targets: Any, *, bins: int = 10, band_level: float = 0.95)
 
 
 def _band_label(level: float) -> str:
-    return f"{100 * level:g} % by chance"
+    return f"{100 * level:g} % if calibrated"
+
+
+def _labels(outputs: int) -> list[str | None]:
+    """For the legend, which holds no more than six outputs."""
+    if outputs == 1:
+        return ["observed"]
+    return [f"output {column}" if outputs <= 6 else None for column in range(outputs)]
+
+
+def legend_below(axes: Any) -> None:
+    """A legend under the axes, where it hides nothing."""
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)

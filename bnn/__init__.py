@@ -8,6 +8,7 @@ from bnn.distances import total_variation as total_variation
 from bnn.distances import wasserstein as wasserstein
 from bnn.distributions import EigenNormal as EigenNormal
 from bnn.distributions import MatrixNormal as MatrixNormal
+from bnn.held_out import score as score
 from bnn.in_function_space import function_space as function_space
 from bnn.in_function_space import summary as summary
 from bnn.leave_one_out import loo_report as loo_report

@@ -64,7 +64,7 @@ def conclusion(found: list[Finding], data: RunData) -> tuple[str, str]:
     if caution:
         return CAUTION, f"Usable with care: {_count(caution, 'thing')} to look at."
     if data.is_guide:
-        return "good", "Nothing found that speaks against these draws, as draws from the guide."
+        return NOTE, "Draws from a guide: as good as its fit, which they cannot show."
     if data.draws < FEWEST_DRAWS:
         return NOTE, "Nothing found that speaks against these draws; their convergence is not judged."
     return "good", "Nothing found that speaks against these draws."
@@ -155,7 +155,7 @@ def _disagreement(data: RunData, worst: float) -> Finding:
     level = SERIOUS if worst > BAD_RHAT else CAUTION
     rhat = np.concatenate([found.rhat for found in data.judged])
     share = 100 * float((rhat[np.isfinite(rhat)] > RHAT).mean())
-    amount = f"R-hat is up to {worst:.3f}, and above 1.01 for {share:.3g} % of the values looked at"
+    amount = f"R-hat is up to {worst:.4g}, and above 1.01 for {share:.3g} % of the values looked at"
     remedy = "Use more warm-up and longer chains; if R-hat stays, chains sit in modes that differ: report them apart."
     if data.functions:
         title = "Chains disagree in their predictions" if level == SERIOUS else "Chains have not quite mixed"
@@ -219,6 +219,8 @@ def temperature_verdict(data: RunData) -> str | None:
     statistics = data.statistics
     measured = {"kinetic_temperature", "configurational_temperature", "noise_temperature"} & set(statistics.stats)
     if not measured or "temperature" not in statistics.stats or not statistics.dim:
+        return None
+    if not all(np.isfinite(one).all() for one in statistics.need(*measured)):  # all chains diverged: said elsewhere
         return None
     with quiet():
         said = verdict(statistics.stats, statistics.dim, sites={n: s.size for n, s in statistics.sites.items()})
@@ -309,7 +311,7 @@ def _guide(data: RunData) -> Iterator[Finding]:
             NOTE,
             "Draws from a guide",
             f"These are independent draws from {data.attrs['guide']}, an approximation of one mode of the posterior, "
-            "which as a rule is too narrow. R-hat and effective sample sizes say nothing of it.",
+            "which as a rule is too narrow.",
             "Look at the ELBO's trace for convergence, and at coverage on held-out data; compare with MCMC on a part "
             "of the data.",
         )

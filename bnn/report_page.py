@@ -34,6 +34,12 @@ TEMPLATES = Path(__file__).with_name("templates")
 MISSING = 'a report needs {}, which is not installed: pip install "pyro-bnn[report]".'
 
 
+CHAINS = (
+    "The values that mixed worst, a colour for each chain. Ranks: the share of a chain's draws up to each rank among "
+    "all draws, less what it would be if chains agreed, so lines near 0 agree."
+)
+
+
 def report(idata: Any, path: str | os.PathLike[str] = "report.html", *, title: str = "Posterior report") -> Path:
     """Write a page about a posterior: one HTML file that needs nothing else, to read, print or send.
 
@@ -122,7 +128,7 @@ def _sections(data: RunData) -> Iterator[Section | None]:
     yield of_sites(data)
     chains = of_chains(data)
     if chains:
-        yield Section("Chains", ["The values that mixed worst."], panels=chains)
+        yield Section("Chains", [CHAINS], panels=chains)
     energy = of_energy(data.statistics, data.is_ours)
     if energy:
         yield Section("Energy", panels=energy)
@@ -146,7 +152,8 @@ def _tiles(data: RunData) -> Iterator[tuple[str, str]]:
         if name in stats and "temperature" in stats:
             mean = float(np.mean(np.asarray(stats[name], dtype=float)[data.statistics.whole_chains]))
             asked = float(np.mean(np.asarray(stats["temperature"], dtype=float)))
-            yield f"temperature of {label}, {number(asked)} asked", number(mean)
+            if np.isfinite(mean):
+                yield f"temperature of {label}, {number(asked)} asked", number(mean)
             break
     if "diverging" in stats:
         yield "draws that diverged", f"{int(np.sum(stats['diverging'])):,}"

@@ -147,8 +147,7 @@ def ranks(label: str, values: np.ndarray) -> Panel:
         reach = max(0.1, np.abs(axes.get_ylim()).max())
         axes.set_ylim(-reach, reach)
 
-    caption = "Share of a chain's draws up to each rank, less that of all chains: near 0 where chains agree."
-    return panel(f"Ranks of {label}", draw, "rank among all draws (%)", "", caption)
+    return panel(f"Ranks of {label}", draw, "rank among all draws (%)", "")
 
 
 def autocorrelations(label: str, values: np.ndarray) -> Panel:

@@ -201,4 +201,4 @@ def _class_frequencies(found: Predicted) -> Panel:
         if len(classes) <= 12:
             axes.set_xticks(classes)
 
-    return panel(f"Classes of {found.site}", draw, "class", "share of rows", "Bars: 2 standard errors.")
+    return panel(f"Classes of {found.site}", draw, "class", "share of rows", "Lines: 2 standard errors of so many rows.")

@@ -61,13 +61,16 @@ def number(value: Any, digits: int = 3) -> str:
     value = float(value)
     if not np.isfinite(value):
         return "–" if np.isnan(value) else ("∞" if value > 0 else "−∞")
-    text = f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.{digits}g}"
+    whole = abs(value) >= 10**digits or value == int(value)
+    text = f"{value:,.0f}" if whole and abs(value) < 1e7 else f"{value:.{digits}g}"
     return text.replace("-", "−")
 
 
 def rhat_text(value: float) -> str:
     """An R-hat with three decimals."""
-    return f"{value:.3f}" if np.isfinite(value) else "–"
+    if not np.isfinite(value):
+        return "–"
+    return f"{value:.3f}" if value < 2 else number(value)
 
 
 def seconds(value: float) -> str:
@@ -81,7 +84,7 @@ def seconds(value: float) -> str:
 def shape_text(variable: Any) -> str:
     """A shape, without chains and draws."""
     shape = [str(variable.sizes[dim]) for dim in variable.dims if dim not in ("chain", "draw")]
-    return " × ".join(shape) if shape else "one number"
+    return " × ".join(shape) if shape else "scalar"
 
 
 # ---- what ran
@@ -146,7 +149,7 @@ def of_temperature_section(data: RunData) -> Section | None:
         if name in stats:
             with quiet():
                 m = measure(stats, name, dim)
-            rows.append([label, number(m.mean), number(m.error, 1), f"{number(m.low)} to {number(m.high)}"])
+            rows.append([label, number(m.mean, 4), number(m.error, 1), f"{number(m.low, 4)} to {number(m.high, 4)}"])
     if rows:
         section.tables.append(Table(["measured on", "temperature", "error", "99 % region if as asked"], rows))
     section.panels = of_temperature(data.statistics)
@@ -170,11 +173,9 @@ def of_functions(data: RunData) -> Section | None:
         kind = {"mean": "mean", "probability": "class probabilities"}.get(str(variable.attrs.get("kind")), "function")
         looked = "" if len(found.labels) == found.size else f"; {len(found.labels)} of {found.size:,} values looked at"
         if data.is_guide:
-            spread = found.mcse / np.where(found.sd > 0, found.sd, np.nan)
-            section.facts.append(
-                (found.name, f"{kind} of {variable.attrs['function_of']} ({shape_text(variable)}){looked}; Monte Carlo "
-                 f"error of its mean {number(100 * np.nanmax(spread)) if np.isfinite(spread).any() else '–'} % of its sd")
-            )  # fmt: skip
+            share = number(100.0 / np.sqrt(data.chains * data.draws))  # of independent draws
+            what = f"{kind} of {variable.attrs['function_of']} ({shape_text(variable)})"
+            section.facts.append((found.name, f"{what}; Monte Carlo error of its means {share} % of the sd"))
             continue
         section.tables.append(_quantiles(found, f"{kind} of {variable.attrs['function_of']}{looked}"))
     worst = _worst(data.of_functions)
@@ -229,7 +230,7 @@ def of_sites(data: RunData) -> Section | None:
     if not data.sites:
         return None
     section = Section("Sites")
-    if data.functions:
+    if data.functions and not data.is_guide:
         section.text.append("R-hat of weights may be large though predictions agree; single numbers should have mixed.")
     known = data.statistics.sites
     temperatures = _temperatures(data)
@@ -292,7 +293,7 @@ def _temperatures(data: RunData) -> dict[str, dict[str, str]]:
 def of_norm_balance(data: RunData) -> Section | None:
     """What moves the norms."""
     balance, panels = of_norms(data)
-    if balance is None:
+    if balance is None or not np.isfinite(balance.residual.values).all():
         return None
     rows = []
     for norm, label in NORMS.items():

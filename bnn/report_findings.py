@@ -17,8 +17,9 @@ from bnn.temperature import verdict, wrong_temperature
 
 SERIOUS, CAUTION, NOTE = "serious", "caution", "note"
 
-# R-hat above which chains have not mixed enough, and above which they are in different places.
-RHAT, BAD_RHAT = 1.01, 1.1
+# R-hat above which chains have not mixed enough, and above which they are in different places. Of many numbers the
+# largest R-hat is above 1.01 by chance: it counts if more than a twentieth are, or if it is far above.
+RHAT, LARGEST_RHAT, BAD_RHAT, LARGEST_SHARE = 1.01, 1.05, 1.1, 0.05
 
 # Effective draws below which quantiles, and below which even means, are rough.
 ESS, BAD_ESS = 400.0, 100.0
@@ -50,9 +51,12 @@ class Finding:
     remedy: str
 
 
-def findings(data: RunData) -> list[Finding]:
-    """All that was found, the worst first."""
-    found = [one for check in CHECKS for one in check(data)]
+def findings(data: RunData, more: Sequence[Finding] = ()) -> list[Finding]:
+    """All that was found, the worst first.
+
+    :param more: found elsewhere.
+    """
+    found = [*(one for check in CHECKS for one in check(data)), *more]
     return sorted(found, key=lambda one: (SERIOUS, CAUTION, NOTE).index(one.level))
 
 
@@ -129,8 +133,9 @@ def _convergence(data: RunData) -> Iterator[Finding]:
             "Run at least four chains from different starting points; num_chains=4 costs little when vectorized.",
         )
     rhat, ess = worst_of(data.judged)
-    if rhat > RHAT:
-        yield _disagreement(data, rhat)
+    share = _share_above(data)
+    if rhat > RHAT and (share > LARGEST_SHARE or rhat > LARGEST_RHAT):
+        yield _disagreement(data, rhat, share)
     if ess < ESS:
         what = "predictions" if data.functions else "the sites"
         yield Finding(
@@ -151,11 +156,15 @@ def worst_of(convergence: Sequence[Convergence]) -> tuple[float, float]:
         return float(np.nanmax(rhat)), float(np.nanmin(ess))
 
 
-def _disagreement(data: RunData, worst: float) -> Finding:
-    level = SERIOUS if worst > BAD_RHAT else CAUTION
+def _share_above(data: RunData) -> float:
     rhat = np.concatenate([found.rhat for found in data.judged])
-    share = 100 * float((rhat[np.isfinite(rhat)] > RHAT).mean())
-    amount = f"R-hat is up to {worst:.4g}, and above 1.01 for {share:.3g} % of the values looked at"
+    rhat = rhat[np.isfinite(rhat)]
+    return float((rhat > RHAT).mean()) if rhat.size else 0.0
+
+
+def _disagreement(data: RunData, worst: float, share: float) -> Finding:
+    level = SERIOUS if worst > BAD_RHAT else CAUTION
+    amount = f"R-hat is up to {worst:.4g}, and above 1.01 for {100 * share:.3g} % of the values looked at"
     remedy = "Use more warm-up and longer chains; if R-hat stays, chains sit in modes that differ: report them apart."
     if data.functions:
         title = "Chains disagree in their predictions" if level == SERIOUS else "Chains have not quite mixed"

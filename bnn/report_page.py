@@ -8,30 +8,30 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bnn.extras import library
 from bnn.report_data import RunData, quiet, read
 from bnn.report_findings import conclusion, findings, worst_of
 from bnn.report_plots import of_chains, of_energy
-from bnn.report_predictive import of_predictions, predicted
+from bnn.report_predictive import Predicted, of_predictions, predicted
+from bnn.report_scores import of_calibration, of_loo
 from bnn.report_sections import (
     Section,
+    number,
     of_functions,
     of_norm_balance,
     of_run,
     of_sites,
     of_temperature_section,
-    number,
     rhat_text,
 )
 
 TEMPLATES = Path(__file__).with_name("templates")
-
-MISSING = 'a report needs {}, which is not installed: pip install "pyro-bnn[report]".'
 
 
 CHAINS = (
@@ -56,7 +56,7 @@ def report(idata: Any, path: str | os.PathLike[str] = "report.html", *, title: s
     :param title: the page's title.
     :return: ``path``.
     :raises ValueError: if ``idata`` is not ArviZ data with draws of a posterior.
-    :raises ImportError: without Matplotlib or Jinja2.
+    :raises ImportError: without Matplotlib or Jinja2, which ``pyro-bnn[report]`` brings.
     :raises OSError: if ``path`` cannot be written.
 
     >>> import pyro, torch, pyro.distributions as dist, tempfile, bnn
@@ -86,31 +86,33 @@ def render(idata: Any, title: str = "Posterior report") -> str:
     :param title: the page's title.
     """
     data = read(idata)
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(MISSING.format(error.name)) from error
+    library("matplotlib")
+    jinja2 = library("jinja2")
     with quiet():
-        found = findings(data)
-        sections = [section for section in _sections(data) if section is not None]
+        predictions = list(predicted(data))
+        judged = [*map(of_calibration, predictions), of_loo(data)]
+        found = findings(data, [finding for one in judged for finding in one.findings])
+        sections = [section for section in _sections(data, predictions) if section is not None]
+        sections += [one.section for one in judged if one.section is not None]
+        left_out = [*_left_out(data, predictions), *(entry for one in judged for entry in one.left_out)]
     level, verdict = conclusion(found, data)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    return environment.get_template("report.html.jinja").render(
+    page: str = environment.get_template("report.html.jinja").render(
         title=title,
         subtitle=_subtitle(data),
         level=level,
         verdict=verdict,
-        tiles=list(_tiles(data)),
+        tiles=[*_tiles(data), *(tile for one in judged for tile in one.tiles)],
         findings=found,
         sections=sections,
-        left_out=list(_left_out(data)),
+        left_out=left_out,
         date=datetime.date.today().isoformat(),
         version=_version(),
     )
+    return page
 
 
 def _subtitle(data: RunData) -> str:
@@ -121,7 +123,7 @@ def _subtitle(data: RunData) -> str:
     return f"{who}, {size}" if who else size
 
 
-def _sections(data: RunData) -> Iterator[Section | None]:
+def _sections(data: RunData, predictions: Sequence[Predicted]) -> Iterator[Section | None]:
     yield of_run(data)
     yield of_temperature_section(data)
     yield of_functions(data)
@@ -133,7 +135,7 @@ def _sections(data: RunData) -> Iterator[Section | None]:
     if energy:
         yield Section("Energy", panels=energy)
     yield of_norm_balance(data)
-    for one in predicted(data):
+    for one in predictions:
         panels = of_predictions(one)
         if panels:
             yield Section(f"Predictive check of {one.site}", [f"On {one.whose}."], panels=panels)
@@ -165,7 +167,7 @@ LEFT_OUT = {
 }
 
 
-def _left_out(data: RunData) -> Iterator[tuple[str, str]]:
+def _left_out(data: RunData, predictions: Sequence[Predicted]) -> Iterator[tuple[str, str]]:
     """What the data do not allow, and how to get it."""
     for group, (what, how) in LEFT_OUT.items():
         if group not in data.groups and not (data.is_guide and group == "sample_stats"):
@@ -175,8 +177,7 @@ def _left_out(data: RunData) -> Iterator[tuple[str, str]]:
             "Convergence of predictions: the posterior has no values of the function.",
             ("give function_space= to bnn.to_arviz"),
         )
-    found = list(predicted(data))
-    if not found:
+    if not predictions:
         yield (
             "Predictive check and calibration: there are no predictions with targets.",
             (
@@ -184,7 +185,7 @@ def _left_out(data: RunData) -> Iterator[tuple[str, str]]:
                 "observed site in both"
             ),
         )
-    elif not any(one.held_out for one in found):
+    elif not any(one.held_out for one in predictions):
         yield (
             "Calibration on held-out data: the predictions are of the data of the fit.",
             ("bnn.to_arviz(run, predictions={site: draws}, predictions_constant_data={site: targets})"),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from bnn.extras import library
 from bnn.norm_identities import NORMS, draw_residual, draw_sums, norm_balance
 from bnn.report_data import Convergence, RunData, autocorrelation, quiet
 from bnn.run_statistics import RunStatistics
@@ -75,28 +76,36 @@ class Panel:
     caption: str = ""
 
 
-def panel(title: str, draw: Callable[[Any], None], x: str, y: str, caption: str = "") -> Panel:
+def panel(title: str, draw: Callable[[Any], None], x: str, y: str, caption: str = "", *, tall: bool = False) -> Panel:
     """Draw on axes of a figure of its own.
 
     :param draw: called with the axes.
     :param x: label of the horizontal axis.
     :param y: label of the vertical axis.
+    :param caption: how to read it.
+    :param tall: with room for a longer legend.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    return Panel(title, drawing(title, draw, x, y, tall), caption)
 
-    with rc_context({**STYLE, "svg.hashsalt": title}), quiet():
-        figure = Figure(figsize=(3.8, 2.4), layout="constrained")
+
+def drawing(title: str, draw: Callable[[Any], None], x: str, y: str, tall: bool) -> str:
+    """The SVG of a panel."""
+    matplotlib, new_figure = library("matplotlib"), library("matplotlib.figure").Figure
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}), quiet():
+        figure = new_figure(figsize=(3.8, 2.9 if tall else 2.4), layout="constrained")
         axes = figure.subplots()
         draw(axes)
-        axes.set(xlabel=x, ylabel=y)
+        axes.set(title="", xlabel=x, ylabel=y)
+        if axes.get_legend():
+            axes.get_legend().remove()
         axes.locator_params(axis="x", nbins=6)
-        handles = axes.get_legend_handles_labels()[0]
-        if handles:
-            figure.legend(loc="outside upper left", ncols=2 if len(handles) < 4 else 3, handlelength=1.4)
+        labels = axes.get_legend_handles_labels()[1]
+        if labels:
+            columns = 1 if max(map(len, labels)) > 25 else 2
+            figure.legend(loc="outside upper left", ncols=columns, handlelength=1.4)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return Panel(title, _inline(file.getvalue(), title), caption)
+    return _inline(file.getvalue(), title)
 
 
 def _inline(svg: str, title: str) -> str:

@@ -32,6 +32,7 @@ class Predicted:
     :ivar truth: what was observed, ``(rows, ...)``.
     :ivar samples: draws of the prediction, ``(draws, rows, ...)``; None if only probabilities are known.
     :ivar probabilities: of the classes, averaged over the posterior, ``(rows, classes)``; None for a regression.
+    :ivar are_exact: whether the probabilities are those of the function, not how often classes were drawn.
     :ivar held_out: whether the data are not those of the fit.
     :ivar rows: how many rows there are in all.
     """
@@ -40,6 +41,7 @@ class Predicted:
     truth: np.ndarray
     samples: np.ndarray | None
     probabilities: np.ndarray | None
+    are_exact: bool
     held_out: bool
     rows: int
 
@@ -66,7 +68,7 @@ def predicted(data: RunData) -> Iterator[Predicted]:
         classes = _are_classes(truth, samples, kinds)
         if not truth.size or truth.dtype.kind not in "fiub" or not np.isfinite(truth).all():
             continue
-        probabilities = _probabilities(data, site, truth, samples) if classes else None
+        probabilities, exact = _probabilities(data, site, truth, samples) if classes else (None, False)
         if samples is None and probabilities is None:
             continue
         rows = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), MOST_ROWS)).astype(int)) if truth.ndim else ...
@@ -75,7 +77,7 @@ def predicted(data: RunData) -> Iterator[Predicted]:
             samples = samples[kept][:, rows]
         count = len(truth) if truth.ndim else 1
         yield Predicted(
-            site, truth[rows], samples, None if probabilities is None else probabilities[rows], is_new, count
+            site, truth[rows], samples, None if probabilities is None else probabilities[rows], exact, is_new, count
         )
 
 
@@ -100,14 +102,17 @@ def _are_classes(truth: np.ndarray, samples: np.ndarray | None, kinds: set[str])
     return bool(values.max() < MOST_CLASSES and len(values) == values.max() + 1 and len(values) < len(truth))
 
 
-def _probabilities(data: RunData, site: str, truth: np.ndarray, samples: np.ndarray | None) -> np.ndarray | None:
-    """Probabilities of the classes: those of the function if they are of these rows, else how often each was drawn.
+def _probabilities(
+    data: RunData, site: str, truth: np.ndarray, samples: np.ndarray | None
+) -> tuple[np.ndarray | None, bool]:
+    """Probabilities of the classes, those of the function if they are of these rows, and whether they are.
 
+    Else it is how often each class was drawn.
     Labels are drawn from the probabilities one by one, so that frequencies of N draws lie within a few √(p(1−p)/N) of
     their mean, however the chains mix; a function of other rows fails that.
     """
     if truth.ndim != 1:
-        return None
+        return None, False
     frequencies = None
     if samples is not None:
         count = int(max(truth.max(), samples.max())) + 1
@@ -120,14 +125,14 @@ def _probabilities(data: RunData, site: str, truth: np.ndarray, samples: np.ndar
         if mean.ndim != 2 or len(mean) != len(truth) or truth.max() >= mean.shape[1]:
             continue
         if frequencies is None:
-            return mean
+            return mean, True
         width = max(mean.shape[1], frequencies.shape[1])
         padded = np.pad(mean, ((0, 0), (0, width - mean.shape[1])))
         seen = np.pad(frequencies, ((0, 0), (0, width - frequencies.shape[1])))
         error = np.sqrt(padded * (1.0 - padded) / len(samples)) + 1.0 / len(samples)  # type: ignore[arg-type]
         if (np.abs(seen - padded) <= AGREEMENT * error).all():
-            return mean
-    return frequencies
+            return mean, True
+    return frequencies, False
 
 
 # ---- the check: would the model give data like these
@@ -201,4 +206,6 @@ def _class_frequencies(found: Predicted) -> Panel:
         if len(classes) <= 12:
             axes.set_xticks(classes)
 
-    return panel(f"Classes of {found.site}", draw, "class", "share of rows", "Lines: 2 standard errors of so many rows.")
+    return panel(
+        f"Classes of {found.site}", draw, "class", "share of rows", "Lines: 2 standard errors of so many rows."
+    )

@@ -105,7 +105,7 @@ def of_run(data: RunData) -> Section:
     if "tuning_steps" in attrs:
         add(("Warm-up", f"{int(attrs['tuning_steps']):,} draws per chain"))
     if int(attrs.get("thin", 1)) > 1:
-        add(("Kept", f"every {int(attrs['thin'])}th draw"))
+        add(("Kept", f"one draw in {int(attrs['thin'])}"))
     if "temperature" in attrs:
         asked = attrs["temperature"]
         add(("Temperature asked for", number(asked) if isinstance(asked, (int, float)) else str(asked)))
@@ -299,9 +299,8 @@ def of_norm_balance(data: RunData) -> Section | None:
     for norm, label in NORMS.items():
         one = balance.sel(norm=norm)
         errors = float(one.residual / one.error) if float(one.error) > 0 else np.nan
-        rows.append(
-            [label, *(number(one[name]) for name in ("change", "rate", "residual")), number(one.error, 2), number(errors, 2)]
-        )  # fmt: skip
+        sides = [number(one[name]) for name in ("change", "rate", "residual")]
+        rows.append([label, *sides, number(one.error, 2), number(errors, 2)])
     text = (
         "Rates of change of the squared norm of positions, of their product with momenta, and of the squared norm of "
         "momenta: what was measured, and what the steps should have done. In equilibrium both sides agree."

@@ -94,7 +94,7 @@ def _divergences(data: RunData) -> Iterator[Finding]:
     diverging = np.asarray(data.statistics.stats.get("diverging", False), dtype=bool)
     if not diverging.any():
         return
-    chains = np.flatnonzero(diverging.any(-1)) if diverging.ndim == 2 else []
+    chains: list[int] = np.flatnonzero(diverging.any(-1)).tolist() if diverging.ndim == 2 else []
     where = f" in chains {', '.join(map(str, chains))}" if len(chains) else ""
     share = f"{diverging.sum():,} of {diverging.size:,} draws ({100 * diverging.mean():.2g} %) diverged{where}."
     if data.is_ours:

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -257,22 +258,10 @@ def of_norms(data: RunData) -> tuple[Any, list[Panel]]:
         return None, []
     sums, residuals = [], []
     for norm, label in NORMS.items():
+        both = partial(draw_sums, statistics=data.statistics, norm=norm)
+        sums.append(panel(f"Both sides of {label}", both, "time", "sum of changes"))
         error = float(balance.error.sel(norm=norm))
-        sums.append(
-            panel(
-                f"Both sides of {label}",
-                lambda axes, norm=norm: draw_sums(axes, data.statistics, norm),
-                "time",
-                "sum of changes",
-            )
-        )
         if np.isfinite(error):
-            residuals.append(
-                panel(
-                    f"Residual of {label}",
-                    lambda axes, norm=norm, error=error: draw_residual(axes, data.statistics, norm, error),
-                    "time",
-                    "",
-                )
-            )
+            difference = partial(draw_residual, statistics=data.statistics, norm=norm, error=error)
+            residuals.append(panel(f"Residual of {label}", difference, "time", ""))
     return balance, sums + residuals

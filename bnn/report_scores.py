@@ -221,7 +221,7 @@ def of_loo(data: RunData) -> Judged:
                 Finding(
                     CAUTION,
                     "LOO cannot be believed for some rows",
-                    f"Pareto k of {name} exceeds 0.7 in {wrong} of {sum(found.counts.values())} rows.",
+                    f"Pareto k of {name} exceeds 0.7 in {wrong:,} of {sum(found.counts.values()):,} rows.",
                     "Score held-out rows, or use K-fold cross-validation; look at these rows, which weigh much.",
                 )
             )

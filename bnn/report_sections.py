@@ -129,11 +129,11 @@ def of_run(data: RunData) -> Section:
     numbers = sum(int(np.prod(variable.shape[2:])) for variable in data.sites.values())
     if data.sites:
         add(("Model", f"{len(data.sites)} site{'s' * (len(data.sites) > 1)}, {numbers:,} numbers"))
-    for group, words in (("observed_data", "Observed"), ("predictions_constant_data", "Held out")):
+    for group, label in (("observed_data", "Observed"), ("predictions_constant_data", "Held out")):
         variables = data.groups.get(group, {})
         shapes = [f"{name} ({shape_text(variables[name])})" for name in variables if variables[name].size]
         if shapes:
-            add((words, ", ".join(shapes[:6]) + (", …" if len(shapes) > 6 else "")))
+            add((label, ", ".join(shapes[:6]) + (", …" if len(shapes) > 6 else "")))
     return section
 
 

@@ -165,7 +165,7 @@ def reliability(
 
 
 def _confidence_and_hits(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    if np.ndim(probabilities) == 1:
+    if float_array("probabilities", probabilities).ndim == 1:
         p = event_probabilities("probabilities", probabilities)
         return p, class_labels(labels, len(p), 2).astype(float)
     p, y = probabilities_and_labels(probabilities, labels)

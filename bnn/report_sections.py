@@ -126,7 +126,7 @@ def of_run(data: RunData) -> Section:
         add(("Library", f"{attrs['inference_library']} {attrs.get('inference_library_version', '')}".strip()))
     if "created_at" in attrs:
         add(("Made", str(attrs["created_at"])[:16].replace("T", " ")))
-    numbers = sum(int(np.prod(variable.shape[2:])) for variable in data.sites.values())
+    numbers = sum(variable.size // (data.chains * data.draws) for variable in data.sites.values())
     if data.sites:
         add(("Model", f"{len(data.sites)} site{'s' * (len(data.sites) > 1)}, {numbers:,} numbers"))
     for group, label in (("observed_data", "Observed"), ("predictions_constant_data", "Held out")):

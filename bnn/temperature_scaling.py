@@ -208,9 +208,9 @@ def _warn_at_end(cold: bool) -> None:
     warnings.warn(
         f"the NLL of the held-out rows still falls at temperature {COLDEST if cold else HOTTEST:g}: "
         + (
-            "all of them are classified rightly, and nothing can be learnt of it; hold out more rows."
+            "sharper is always better, as where every row is classified rightly; hold out more rows."
             if cold
-            else "the predictions know less of their labels than a guess; check that rows and labels correspond."
+            else "a guess does better, as where rows and labels do not correspond; check them."
         ),
         RuntimeWarning,
         stacklevel=4,

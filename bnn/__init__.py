@@ -21,11 +21,8 @@ from bnn.prediction import Prediction as Prediction
 from bnn.prediction import predict as predict
 from bnn.predictive_ranks import coverage as coverage
 from bnn.predictive_ranks import pit as pit
-<<<<<<< HEAD
-from bnn.report_page import report as report
-=======
 from bnn.prior_draws import prior_predictive as prior_predictive
->>>>>>> 2bbe8b3ae2cb755afbcc44311c2476fb61921270
+from bnn.report_page import report as report
 from bnn.sampling_cost import efficiency as efficiency
 from bnn.scoring import classification_scores as classification_scores
 from bnn.scoring import gaussian_scores as gaussian_scores

@@ -175,7 +175,7 @@ def _left_out(data: RunData, predictions: Sequence[Predicted]) -> Iterator[tuple
     if not data.functions:
         yield (
             "Convergence of predictions: the posterior has no values of the function.",
-            ("give function_space= to bnn.to_arviz"),
+            ("bnn.to_arviz(run, function_space=True)"),
         )
     if not predictions:
         yield (

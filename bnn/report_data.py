@@ -144,7 +144,7 @@ class RunData:
         if str(variable.attrs.get("kind")) == "probability" and len(shape) > 1:
             places = _liveliest_class(variable, most)
         else:
-            places = np.unique(np.linspace(0, size - 1, min(size, most)).astype(int))
+            places = evenly(size, most)
         values = np.asarray(variable.values).reshape(self.chains, self.draws, size)[..., places].astype(float)
         labels = [_label(name, variable, others, np.unravel_index(place, shape) if shape else ()) for place in places]
         return Convergence(name, size, labels, values, *self._diagnose(values))
@@ -202,6 +202,11 @@ def read(idata: Any) -> RunData:
     return data
 
 
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most ``most`` of ``count`` places, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
+
+
 def autocorrelation(values: np.ndarray) -> np.ndarray:
     """Autocorrelation of each chain, ``(chains, lags)``, by ArviZ."""
     try:
@@ -237,7 +242,7 @@ def _liveliest_class(variable: Any, most: int) -> np.ndarray:
     """Of evenly spaced rows, the place of the class whose probability varies most."""
     *rows, classes = variable.shape[2:]
     count = int(np.prod(rows))
-    places = np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
+    places = evenly(count, most)
     values = np.asarray(variable.values).reshape(-1, count, classes)[:, places]
     return np.asarray(places * classes + values.std(0).argmax(-1))
 

@@ -175,7 +175,7 @@ def _disagreement(data: RunData, worst: float, share: float) -> Finding:
             "Sites differ between chains",
             f"{amount}. For the weights of a net that need not be bad: they are identified only up to permutations "
             "and signs of hidden units.",
-            "Of a net, judge convergence on predictions: make the data by bnn.to_arviz(run, function_space=True). Otherwise use more "
+            "Of a net, judge convergence on predictions: bnn.to_arviz(run, function_space=True). Otherwise use more "
             "warm-up and longer chains.",
         )
     return Finding(level, "Chains disagree", f"{amount}.", remedy)

@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 
 from bnn.extras import library
 from bnn.norm_identities import NORMS, draw_residual, draw_sums, norm_balance
-from bnn.report_data import Convergence, RunData, autocorrelation, quiet
+from bnn.report_data import Convergence, RunData, autocorrelation, evenly, quiet
 from bnn.run_statistics import RunStatistics
 from bnn.temperature import LABELS
 
@@ -129,7 +129,7 @@ def _inline(svg: str, title: str) -> str:
 
 def _thinned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of at most ``MOST_POINTS`` draws, and the draws of ``MOST_CHAINS`` chains there."""
-    kept = np.unique(np.linspace(0, values.shape[1] - 1, min(values.shape[1], MOST_POINTS)).astype(int))
+    kept = evenly(values.shape[1], MOST_POINTS)
     return kept, values[:MOST_CHAINS, kept]
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from bnn.report_data import RunData
+from bnn.report_data import RunData, evenly
 from bnn.report_plots import INK, Panel, panel
 
 # Whole numbers of more values than this are counts, not classes.
 MOST_CLASSES = 100
 
 # So many rows and draws are compared, evenly spaced.
-MOST_ROWS, MOST_DRAWS = 2000, 1000
+MOST_ROWS, MOST_DRAWS = 2000, 500
 
 # Draws and rows that are drawn one by one, and the interval that is shown.
 SHOWN_ROWS, LEVEL = 300, 0.9
@@ -32,7 +32,8 @@ class Predicted:
     :ivar truth: what was observed, ``(rows, ...)``.
     :ivar samples: draws of the prediction, ``(draws, rows, ...)``; None if only probabilities are known.
     :ivar probabilities: of the classes, averaged over the posterior, ``(rows, classes)``; None for a regression.
-    :ivar are_exact: whether the probabilities are those of the function, not how often classes were drawn.
+    :ivar of_draws: probabilities under each draw, ``(draws, rows, classes)``; None where those above are how often each
+        class was drawn.
     :ivar held_out: whether the data are not those of the fit.
     :ivar rows: how many rows there are in all.
     """
@@ -41,7 +42,7 @@ class Predicted:
     truth: np.ndarray
     samples: np.ndarray | None
     probabilities: np.ndarray | None
-    are_exact: bool
+    of_draws: np.ndarray | None
     held_out: bool
     rows: int
 
@@ -68,16 +69,18 @@ def predicted(data: RunData) -> Iterator[Predicted]:
         classes = _are_classes(truth, samples, kinds)
         if not truth.size or truth.dtype.kind not in "fiub" or not np.isfinite(truth).all():
             continue
-        probabilities, exact = _probabilities(data, site, truth, samples) if classes else (None, False)
+        probabilities, of_draws = _probabilities(data, site, truth, samples) if classes else (None, None)
         if samples is None and probabilities is None:
             continue
-        rows = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), MOST_ROWS)).astype(int)) if truth.ndim else ...
-        if samples is not None:
-            kept = np.unique(np.linspace(0, len(samples) - 1, min(len(samples), MOST_DRAWS)).astype(int))
-            samples = samples[kept][:, rows]
-        count = len(truth) if truth.ndim else 1
+        rows = evenly(len(truth), MOST_ROWS) if truth.ndim else ...
         yield Predicted(
-            site, truth[rows], samples, None if probabilities is None else probabilities[rows], exact, is_new, count
+            site,
+            truth[rows],
+            None if samples is None else samples[evenly(len(samples), MOST_DRAWS)][:, rows],
+            None if probabilities is None else probabilities[rows],
+            None if of_draws is None else of_draws[evenly(len(of_draws), MOST_DRAWS)][:, rows],
+            is_new,
+            len(truth) if truth.ndim else 1,
         )
 
 
@@ -104,15 +107,15 @@ def _are_classes(truth: np.ndarray, samples: np.ndarray | None, kinds: set[str])
 
 def _probabilities(
     data: RunData, site: str, truth: np.ndarray, samples: np.ndarray | None
-) -> tuple[np.ndarray | None, bool]:
-    """Probabilities of the classes, those of the function if they are of these rows, and whether they are.
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Probabilities of the classes, those of the function if they are of these rows, and those of each draw.
 
     Else it is how often each class was drawn.
     Labels are drawn from the probabilities one by one, so that frequencies of N draws lie within a few √(p(1−p)/N) of
     their mean, however the chains mix; a function of other rows fails that.
     """
     if truth.ndim != 1:
-        return None, False
+        return None, None
     frequencies = None
     if samples is not None:
         count = int(max(truth.max(), samples.max())) + 1
@@ -120,19 +123,20 @@ def _probabilities(
     for variable in data.functions.values():
         if str(variable.attrs["function_of"]) != site or str(variable.attrs.get("kind")) != "probability":
             continue
-        mean = np.asarray(variable.mean(("chain", "draw")).values, dtype=float)
-        mean = np.stack([1.0 - mean, mean], -1) if mean.ndim == 1 else mean
+        each = _flat(variable)
+        each = np.stack([1.0 - each, each], -1) if each.ndim == 2 else each
+        mean = each.mean(0, dtype=float)
         if mean.ndim != 2 or len(mean) != len(truth) or truth.max() >= mean.shape[1]:
             continue
         if frequencies is None:
-            return mean, True
+            return mean, each
         width = max(mean.shape[1], frequencies.shape[1])
         padded = np.pad(mean, ((0, 0), (0, width - mean.shape[1])))
         seen = np.pad(frequencies, ((0, 0), (0, width - frequencies.shape[1])))
         error = np.sqrt(padded * (1.0 - padded) / len(samples)) + 1.0 / len(samples)  # type: ignore[arg-type]
         if (np.abs(seen - padded) <= AGREEMENT * error).all():
-            return mean, True
-    return frequencies, False
+            return mean, each
+    return frequencies, None
 
 
 # ---- the check: would the model give data like these
@@ -171,7 +175,7 @@ def _intervals(found: Predicted) -> Panel:
     inside = _inside(samples, truth)
 
     def draw(axes: Any) -> None:
-        shown = np.unique(np.linspace(0, len(truth) - 1, min(len(truth), SHOWN_ROWS)).astype(int))
+        shown = evenly(len(truth), SHOWN_ROWS)
         mean = samples[:, shown].mean(0)
         low, high = np.quantile(samples[:, shown], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
         axes.vlines(mean, low, high, color="C0", alpha=0.25, linewidth=1.0, label="90 % interval")

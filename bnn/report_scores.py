@@ -99,11 +99,15 @@ def _classes(found: Predicted, judged: Judged) -> None:
     p = p / p.sum(-1, keepdims=True)
     scores = classification_scores(p, labels)
     note = ""
-    if not found.are_exact:
+    scores.pop("ece")  # the diagram's says how much of it is chance
+    if found.of_draws is None:
         scores.pop("nll")
-        note = "Probabilities are how often each class was drawn; function_space= gives them exactly, and the NLL."
+        note = (
+            "Probabilities are how often each class was drawn; values of the function give them exactly, and the NLL."
+        )
     judged.section.tables.append(_table(scores, note))
-    diagram = reliability(p, labels)
+    each = None if found.of_draws is None else found.of_draws.astype(float)
+    diagram = reliability(p if each is None else each / each.sum(-1, keepdims=True), labels)
     judged.section.panels += [
         panel(
             "Reliability",

@@ -167,7 +167,7 @@ def test_probabilities_of_other_rows_are_not_taken():
     own = next(predicted(read(classification_run())))
     drawn = next(predicted(read(classification_run(function=False))))
     other = next(predicted(read(classification_run(shuffled=True))))
-    assert own.are_exact and not drawn.are_exact and not other.are_exact
+    assert own.of_draws is not None and drawn.of_draws is None and other.of_draws is None
     np.testing.assert_array_equal(other.probabilities, drawn.probabilities)
     assert np.abs(own.probabilities - drawn.probabilities).max() < 6 * 0.5 / np.sqrt(800)
     assert "negative log-likelihood" in render(classification_run())

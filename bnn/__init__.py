@@ -22,6 +22,7 @@ from bnn.prediction import predict as predict
 from bnn.predictive_ranks import coverage as coverage
 from bnn.predictive_ranks import pit as pit
 from bnn.prior_draws import prior_predictive as prior_predictive
+from bnn.report_page import report as report
 from bnn.sampling_cost import efficiency as efficiency
 from bnn.scoring import classification_scores as classification_scores
 from bnn.scoring import gaussian_scores as gaussian_scores

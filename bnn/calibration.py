@@ -14,18 +14,19 @@ Carlo, the mean of ECE under calibration, and the part of them whose ECE is at l
 
 which is exact: for a right predictive P(p ≤ α) ≤ α. Cost: R·n random numbers.
 
-Rows of one posterior share what it does not know of the weights, and may miss together more often than by chance.
+Rows of one posterior share what it does not know of the weights, and miss together more often than coins do. Given the
+probabilities of each draw, every data set is drawn from those of one draw, and the band holds that too.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from bnn.chance_bands import band_label, band_of_draws, chance_of, legend_below
 from bnn.extras import library
 from bnn.predictive_arrays import (
     class_labels,
@@ -33,9 +34,9 @@ from bnn.predictive_arrays import (
     float_array,
     fractions,
     probabilities_and_labels,
+    probability_rows,
     whole_number,
 )
-from bnn.predictive_ranks import legend_below
 
 # Numbers drawn at once.
 CHUNK = 5_000_000
@@ -88,8 +89,8 @@ class Reliability:
         axes.set_zorder(share.get_zorder() + 1)
         axes.patch.set_visible(False)
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        label = f"{100 * self.band_level:g} % if calibrated"
-        axes.vlines(self.confidence, self.low, self.high, color="C0", alpha=0.35, linewidth=6, label=label)
+        band = band_label(self.band_level)
+        axes.vlines(self.confidence, self.low, self.high, color="C0", alpha=0.35, linewidth=6, label=band)
         outside = (self.accuracy < self.low) | (self.accuracy > self.high)
         for which, marker, color, label in ((~outside, "o", "black", "inside"), (outside, "D", "C3", "outside")):
             if which.any():
@@ -111,9 +112,10 @@ def reliability(
 ) -> Reliability:
     """Reliability diagram of the most probable class, or of one event, and how much of it is chance.
 
-    :param probabilities: ``(rows, classes)``, averaged over draws: the largest of each row is compared with how often
-        that class is right. Or ``(rows,)``: the probability of one event, with labels 0 and 1; so
-        ``probabilities[:, k], labels == k`` is the diagram of class k.
+    :param probabilities: of each draw, ``(draws, rows, classes)``, or averaged over draws, ``(rows, classes)``, with
+        rows taken as independent: the largest mean of each row is compared with how often that class is right. Or
+        ``(rows,)``: the probability of one event, with labels 0 and 1; so ``probabilities[:, k], labels == k`` is the
+        diagram of class k.
     :param labels: ``(rows,)``, whole numbers.
     :param bins: number of bins.
     :param equal_mass: bins with equal numbers of rows, where most rows would be in one of equal width.
@@ -129,25 +131,19 @@ def reliability(
     >>> bool(reliability(p, right).p_value > 0.05), reliability(p, sharp).p_value
     (True, 0.001)
     """
-    confidence, hits = _confidence_and_hits(probabilities, labels)
+    confidence, hits, each = _confidence_and_hits(probabilities, labels)
     bins, resamples = whole_number("bins", bins, 1), whole_number("resamples", resamples, 1)
     (band,) = fractions("band_level", band_level)
-    rank = math.floor((1.0 - band) / 2.0 * (resamples + 1) + 1e-9)
-    if rank < 1:
-        raise ValueError(
-            f"resamples is {resamples}; a band of level {band:g} needs at least "
-            f"{math.ceil(2.0 / (1.0 - band) - 1e-6) - 1}."
-        )
     edges, where = _bins(confidence, bins, equal_mass)
     count = np.bincount(where, minlength=len(edges) - 1)
     kept = count > 0
     predicted = np.bincount(where, confidence, minlength=len(count))[kept]
     observed = np.bincount(where, hits, minlength=len(count))[kept]
     order = np.argsort(where, kind="stable")
-    drawn = _drawn_hits(confidence[order], count[kept], resamples)
+    drawn = _drawn_hits(each[:, order], count[kept], resamples)
     ece = float(np.abs(observed - predicted).sum() / len(hits))
     by_chance = np.abs(drawn - predicted).sum(-1) / len(hits)
-    drawn.sort(axis=0)
+    low, high = band_of_draws(drawn, band, "resamples", "give more, or a lower band_level.")
     count = count[kept]
     return Reliability(
         left=edges[:-1][kept],
@@ -155,21 +151,30 @@ def reliability(
         count=count,
         confidence=predicted / count,
         accuracy=observed / count,
-        low=drawn[rank - 1] / count,
-        high=drawn[resamples - rank] / count,
+        low=low / count,
+        high=high / count,
         band_level=band,
         ece=ece,
         expected_ece=float(by_chance.mean()),
-        p_value=float((1 + (by_chance >= ece - 1e-12).sum()) / (resamples + 1)),
+        p_value=float(chance_of(ece, by_chance)),
     )
 
 
-def _confidence_and_hits(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    if float_array("probabilities", probabilities).ndim == 1:
+def _confidence_and_hits(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence and hits ``(rows,)``, and each draw's probability of a hit ``(draws or 1, rows)``."""
+    given = float_array("probabilities", probabilities)
+    if given.ndim == 1:
         p = event_probabilities("probabilities", probabilities)
-        return p, class_labels(labels, len(p), 2).astype(float)
-    p, y = probabilities_and_labels(probabilities, labels)
-    return p.max(-1), (p.argmax(-1) == y).astype(float)
+        return p, class_labels(labels, len(p), 2).astype(float), p[None]
+    if given.ndim == 3:
+        given = probability_rows("probabilities", probabilities, draws=True)
+        p = given.mean(0)
+        y = class_labels(labels, *p.shape)
+    else:
+        p, y = probabilities_and_labels(probabilities, labels)
+        given = p[None]
+    best = p.argmax(-1)
+    return p.max(-1), (best == y).astype(float), given[:, np.arange(len(p)), best]
 
 
 def _bins(confidence: np.ndarray, bins: int, equal_mass: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -182,14 +187,20 @@ def _bins(confidence: np.ndarray, bins: int, equal_mass: bool) -> tuple[np.ndarr
     return edges, np.minimum(where, len(edges) - 2)
 
 
-def _drawn_hits(confidence: np.ndarray, count: np.ndarray, resamples: int) -> np.ndarray:
-    """How many rows of each bin are right if the confidences are, ``(resamples, bins)``; rows in the order of bins."""
-    p = torch.from_numpy(confidence)
+def _drawn_hits(each: np.ndarray, count: np.ndarray, resamples: int) -> np.ndarray:
+    """How many rows of each bin are right in data sets drawn from one draw's probabilities, ``(resamples, bins)``.
+
+    :param each: probability of a hit under each draw, ``(draws, rows)``; rows in the order of bins.
+    """
+    p = torch.from_numpy(each)
+    draws, rows = p.shape
     starts = np.concatenate([[0], np.cumsum(count)[:-1]])
+    size = max(1, CHUNK // rows)
     parts = []
-    for first in range(0, resamples, max(1, CHUNK // len(p))):
-        size = min(max(1, CHUNK // len(p)), resamples - first)
-        hits = torch.rand(size, len(p), dtype=torch.float64) < p
+    for first in range(0, resamples, size):
+        number = min(size, resamples - first)
+        chosen = p[torch.randint(draws, (number,))] if draws > 1 else p
+        hits = torch.rand(number, rows, dtype=torch.float64) < chosen
         parts.append(np.add.reduceat(hits.numpy().astype(np.int64), starts, axis=1))
     return np.concatenate(parts)
 

@@ -56,14 +56,15 @@ def finite_array(name: str, value: Any) -> np.ndarray:
     return array
 
 
-def probability_rows(name: str, value: Any) -> np.ndarray:
-    """Probabilities ``(rows, classes)``.
+def probability_rows(name: str, value: Any, draws: bool = False) -> np.ndarray:
+    """Probabilities ``(rows, classes)``, or ``(draws, rows, classes)``.
 
+    :param draws: whether there are draws.
     :raises ValueError: for another shape, numbers outside [0, 1], or rows that do not sum to one.
     """
     half = str(getattr(value, "dtype", "")).endswith("float16")  # float16 and bfloat16
     array = float_array(name, value)
-    if array.ndim != 2 or array.shape[1] < 2:
+    if array.ndim != 2 + draws or array.shape[-1] < 2:
         averaged = " Average over the draws first: probabilities.mean(0)." if array.ndim == 3 else ""
         columns = " For two classes stack [1 - p, p]." if array.ndim == 1 else ""
         raise ValueError(
@@ -75,9 +76,10 @@ def probability_rows(name: str, value: Any) -> np.ndarray:
     sums = array.sum(-1)
     off = np.abs(sums - 1.0)
     if off.max() > (HALF_SUM_TOLERANCE if half else SUM_TOLERANCE):
-        row = int(off.argmax())
+        worst = np.unravel_index(off.argmax(), off.shape)
+        row = ", ".join(str(int(index)) for index in worst)
         raise ValueError(
-            f"{name} sums to {sums[row]:.6g} in row {row}, not to one: give probabilities, the softmax of logits, "
+            f"{name} sums to {sums[worst]:.6g} in row {row}, not to one: give probabilities, the softmax of logits, "
             "averaged over the draws."
         )
     return np.minimum(array, 1.0)

@@ -169,7 +169,7 @@ def regression_scores(
     if log_likelihood is not None:
         scores["nll"] = mean_score(_negative_log_mean(log_likelihood_rows(log_likelihood, len(y))))
     for level in fractions("levels", levels):
-        low, high, _ = central_interval(x, level)
+        low, high = central_interval(x, level)
         scores[f"coverage_{level:g}"] = mean_score(_per_row((low <= y) & (y <= high)))
         scores[f"width_{level:g}"] = mean_score(_per_row(high - low))
     return scores

@@ -127,6 +127,39 @@ def test_the_event_and_the_most_probable_class():
         np.testing.assert_array_equal(getattr(top, name), getattr(event, name), err_msg=name)
 
 
+def test_what_rows_share_is_in_the_band_of_draws():
+    """One unknown frequency for 100 rows, Beta(2, 2) in the posterior: 500 data sets that the model itself draws.
+
+    Given the draws, false alarms in at most 5 %, up to what 400 draws leave open; given their mean, in most of them.
+    """
+    generator = np.random.default_rng(10)
+    alarms = {"draws": 0, "mean": 0, "p of draws": 0, "p of mean": 0}
+    for _ in range(500):
+        frequency = generator.beta(2, 2, 400)
+        p = np.broadcast_to(np.stack([1 - frequency, frequency], -1)[:, None], (400, 100, 2))
+        y = generator.random(100) < generator.beta(2, 2)
+        for name, given in (("draws", p), ("mean", p.mean(0))):
+            found = reliability(given, y, resamples=199)
+            alarms[name] += int(not found.low <= found.accuracy <= found.high)
+            alarms[f"p of {name}"] += found.p_value <= 0.05
+    for name in ("draws", "p of draws"):
+        assert stats.binomtest(int(alarms[name]), 500, 0.05).pvalue > ALPHA
+    assert alarms["mean"] > 250 and alarms["p of mean"] > 250
+
+
+def test_draws_that_agree_are_their_mean():
+    generator = np.random.default_rng(11)
+    p, y = predictions(generator, 50), generator.integers(0, 3, 50)
+    pyro.set_rng_seed(1)
+    expected = reliability(p, y)
+    pyro.set_rng_seed(1)
+    found = reliability(torch.tensor(p)[None], y)
+    np.testing.assert_array_equal(found.high, expected.high)
+    assert reliability(np.stack([p, p]), y).ece == expected.ece
+    with pytest.raises(ValueError, match="probabilities sums to 0.5 in row 1, 0, not to one"):
+        reliability([[[0.5, 0.5]], [[0.5, 0.0]]], [0])
+
+
 def test_chunks_do_not_change_the_law(monkeypatch):
     """A chunk of one data set at a time draws the same numbers in the same order."""
     generator = np.random.default_rng(6)
@@ -139,7 +172,7 @@ def test_chunks_do_not_change_the_law(monkeypatch):
 
 
 def test_too_few_resamples_for_the_band():
-    with pytest.raises(ValueError, match="resamples is 38; a band of level 0.95 needs at least 39"):
+    with pytest.raises(ValueError, match="38 resamples are too few for a band of level 0.95, which needs at least 39"):
         reliability([0.3], [0], resamples=38)
     assert reliability([0.3], [0], resamples=39).low == 0.0
 

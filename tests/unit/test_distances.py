@@ -7,12 +7,12 @@ import torch
 from bnn import agreement, total_variation, wasserstein
 
 P = np.array([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.1, 0.8], [1.0, 0.0, 0.0]])
-Q = np.array([[0.3, 0.6, 0.1], [0.2, 0.5, 0.3], [0.3, 0.1, 0.6], [0.0, 0.0, 1.0]])
+Q = np.array([[0.1, 0.6, 0.3], [0.1, 0.5, 0.4], [0.3, 0.1, 0.6], [0.0, 0.0, 1.0]])
 
 
 def test_by_hand():
     assert agreement(P, Q) == 0.5
-    assert total_variation(P, Q) == pytest.approx((0.3 + 0.0 + 0.2 + 1.0) / 4, rel=1e-12)
+    assert total_variation(P, Q) == pytest.approx((0.5 + 0.1 + 0.2 + 1.0) / 4, rel=1e-12)
 
 
 def test_total_variation_is_the_largest_difference_of_an_event():

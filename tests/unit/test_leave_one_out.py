@@ -14,6 +14,7 @@ from scipy import stats
 from bnn import loo_report, to_arviz
 from bnn.arviz_data import assemble
 from bnn.kernels import MCMC, SGLD, ConstantSGD
+from bnn.leave_one_out import _counts, _relative_efficiency
 from support.checks import ALPHA
 
 
@@ -82,6 +83,12 @@ def test_every_kind_of_k_in_words():
     assert "not to be believed for 3 rows, and is likely too high" in words
     assert f"The worst rows: 5 (k = {k[5]:.2g}), " in words
     assert "K-fold" in words and "held-out rows" in words
+
+
+def test_where_one_kind_ends_and_the_next_begins():
+    k = np.array([-0.2, 0.6, 0.66, 0.67, 0.7, 0.71, 1.0, 1.01, np.inf, np.nan])
+    assert list(_counts(k, 2 / 3).values()) == [3, 2, 2, 3]
+    assert list(_counts(k, 0.7).values()) == [5, 0, 2, 3]
 
 
 def test_good_in_all_rows():
@@ -154,8 +161,6 @@ def test_a_run_at_another_temperature_a_guide_and_a_caveat():
 
 def test_efficiency_is_that_of_the_likelihoods():
     """Draws repeated ten times: a relative efficiency of a tenth makes a longer tail, of sticky draws only."""
-    from bnn.leave_one_out import _relative_efficiency
-
     independent = np.random.default_rng(5).normal(-1.0, 0.3, (4, 100, 20))
     assert _relative_efficiency(independent) == pytest.approx(1.0, rel=0.15)
     assert _relative_efficiency(np.repeat(independent, 10, axis=1)) == pytest.approx(0.1, rel=0.3)

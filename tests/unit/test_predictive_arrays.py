@@ -26,7 +26,6 @@ CLASSES = {
     "logits": (lambda f: f(np.array([[-1.0, 2.0]]), [0]), r"holds -1, outside \[0, 1\]: give probabilities; of logits"),
     "percent": (lambda f: f([[20.0, 80.0]], [0]), r"holds 80, outside \[0, 1\]"),
     "sums": (lambda f: f([[0.5, 0.5], [0.5, 0.4]], [0, 0]), "sums to 0.9 in row 1, not to one: give probabilities"),
-    "draws": (lambda f: f(np.full((4, 3, 2), 0.5), Y), r"shape \(4, 3, 2\).*Average over the draws first"),
     "one class": (lambda f: f([[1.0]], [0]), r"shape \(1, 1\); give probabilities \(rows, classes\) of two classes"),
     "NaN": (lambda f: f([[0.5, np.nan]], [0]), r"probabilities holds NaN, 1 of 2 numbers, first at index \(0, 1\)"),
     "empty": (lambda f: f(np.zeros((0, 2)), []), r"probabilities has shape \(0, 2\) and is empty; give at least one"),
@@ -58,7 +57,9 @@ REGRESSION = {
 }
 
 OWN = {
-    "event": (lambda: reliability(np.full((2, 2, 2), 0.5), [0, 1]), r"shape \(2, 2, 2\)"),
+    "chains": (lambda: reliability(np.full((2, 2, 3, 2), 0.5), Y), r"shape \(2, 2, 3, 2\)"),
+    "draws": (lambda: classification_scores(np.full((4, 3, 2), 0.5), Y), r"shape \(4, 3, 2\).*Average over the draws"),
+    "draws to reject": (lambda: accuracy_rejection(np.full((4, 3, 2), 0.5), Y), "Average over the draws first"),
     "event out of range": (lambda: reliability([0.5, 1.5], [0, 1]), r"probabilities holds 1.5, outside \[0, 1\]"),
     "event labels": (lambda: reliability([0.5, 0.6], [0, 2]), "labels hold 2; wanted are whole numbers from 0 to 1"),
     "no column for two classes": (lambda: classification_scores([0.2, 0.8], [0, 1]), r"For two classes stack \[1 - p"),

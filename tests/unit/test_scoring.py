@@ -65,7 +65,7 @@ def test_the_error_of_ece():
     found = []
     for _ in range(400):
         confidence = generator.choice([0.55, 0.75, 0.95], 500, p=[0.2, 0.3, 0.5])
-        right = generator.random(500) < confidence - np.where(confidence > 0.9, 0.7, 0.2)
+        right = generator.random(500) < confidence - np.where(confidence > 0.9, 0.7, -0.2)
         found.append(classification_scores(np.stack([confidence, 1 - confidence], -1), np.where(right, 0, 1))["ece"])
     values, errors = np.array(found).T
     ratio = values.var(ddof=1) / np.mean(errors**2)
@@ -147,11 +147,11 @@ def test_gaussian_scores_are_closed_forms():
 def test_point_errors_of_samples():
     """The mean for the squared error, the median for the absolute one; the error of a root by the delta method."""
     samples = np.array([[0.0, 1.0], [0.0, 1.0], [6.0, 1.0]])
-    scores = regression_scores(samples, [1.0, 4.0], levels=0.5)
+    scores = regression_scores(samples, [3.0, 4.0], levels=0.5)
     assert scores["rmse"].value == pytest.approx(math.sqrt((1.0 + 9.0) / 2))
     assert scores["rmse"].error == pytest.approx(4.0 / (2 * math.sqrt(5.0)))
-    assert scores["mae"] == pytest.approx((2.0, 1.0))
-    known = regression_scores(samples, [1.0, 4.0], mean=torch.tensor([1.0, 2.0]), levels=0.5)
+    assert scores["mae"] == pytest.approx((3.0, 0.0))
+    known = regression_scores(samples, [3.0, 4.0], mean=torch.tensor([3.0, 2.0]), levels=0.5)
     assert known["rmse"].value == pytest.approx(math.sqrt(2.0))
     assert known["mae"] == scores["mae"]
 

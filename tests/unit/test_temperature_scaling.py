@@ -138,8 +138,12 @@ def test_after_averaging_keeps_the_most_probable_class():
 
 @pytest.mark.parametrize(
     ("gaps", "lower"),
-    [([[-2.0, -8.0], [58.0, 27.0]], 2.56), ([[-1.0, -5.0], [-49.0, -73.0]], 83.1)],
-    ids=["the colder one", "the hotter one"],
+    [
+        ([[-2.0, -8.0], [58.0, 27.0]], 2.56),
+        ([[-1.0, -5.0], [-49.0, -73.0]], 83.1),
+        ([[9.0, 6.0], [-38.0, -122.0]], 56.4),
+    ],
+    ids=["the colder one", "the hotter one", "one that a search without a grid misses"],
 )
 def test_the_lower_of_two_minima(gaps, lower):
     """Before averaging the NLL of two members, of which one is many times as sure, has two minima."""
@@ -222,7 +226,7 @@ def test_calibrated_nll_is_that_of_labels_that_the_rows_cannot_tell():
     pyro.set_rng_seed(2)
     generator = np.random.default_rng(4)
     scored, flattering = [], []
-    for _ in range(40):
+    for _ in range(25):
         logits, labels = generator.normal(size=(12, 2)) * 3, generator.integers(0, 2, 12)
         scored.append(calibrated_nll(logits, labels, repeats=2, folds=4).score.value)
         tau = fit_temperature(logits, labels).temperature

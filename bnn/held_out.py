@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from bnn.pointwise import evaluate
 from bnn.posterior_draws import draws_of
 from bnn.prediction import MEMORY, Prediction, predict
 from bnn.scoring import Score, classification_scores, regression_scores
+
+# A posterior of fewer draws, such as an ensemble, gives several samples of y for each.
+FEWEST_SAMPLES = 200
 
 
 def score(
@@ -22,7 +27,8 @@ def score(
     """Score the posterior predictive on ``args``, inputs and targets: ``score(posterior, x, y)``.
 
     :func:`bnn.classification_scores` for a site with classes, :func:`bnn.regression_scores` for others, with one sample
-    of y for each draw; the NLL is that of the mean over draws of the density of the targets, on the scale of y.
+    of y for each draw, or as many as make 200 together. The NLL is that of the mean over draws of the density of the
+    targets, on the scale of y.
 
     :param posterior: as for :func:`bnn.predict`.
     :param args: arguments of the model, targets included, on held-out data.
@@ -52,9 +58,10 @@ def score(
     observed = groups.get("observed_data", {})
     if not observed:
         raise ValueError("the arguments hold no targets to score: call score(posterior, x, y).")
-    found = predict(
-        known, *args, sites=sorted(observed), samples=True, memory=memory, model_kwargs=kwargs
-    )  # one prediction, or one for each site
+    times = math.ceil(FEWEST_SAMPLES / len(next(iter(known.values.values()))))
+    values = {name: value.repeat_interleave(times, 0) for name, value in known.values.items()}
+    repeated = replace(known, values=values)
+    found = predict(repeated, *args, sites=sorted(observed), samples=True, memory=memory, model_kwargs=kwargs)
     predictions = {found.name: found} if isinstance(found, Prediction) else found
     scores = {
         name: _scores(predictions[name], observed[name], groups["log_likelihood"][name]) for name in sorted(observed)

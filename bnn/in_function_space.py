@@ -159,7 +159,7 @@ def summary(
     :param posterior: as for :func:`bnn.predict`.
     :param args: arguments of the model: inputs. Without any, those of the run.
     :param rows: of how many rows the predictions are shown: those of the largest R-hat (with one chain, of the
-        largest standard deviation), among 500 evenly spaced ones.
+        largest standard deviation) among 500 evenly spaced ones, and of each its worst output.
     :param weights: whether every number of every site is shown as well.
     :param model: the model, where ``posterior`` does not know it.
     :param num_samples: number of draws, evenly spaced in each chain.
@@ -197,9 +197,13 @@ def summary(
         if row is not None:
             spaced = np.unique(np.linspace(0, array.sizes[row] - 1, ROWS_LOOKED_AT).round().astype(int))
             array, looked_at = array.isel({row: spaced}), max(looked_at, len(spaced))
-            worst = np.argsort(-_badness(arviz, array, known.chains))[:rows]
-            array = array.isel({row: np.sort(worst)})
-        tables.append(arviz.summary(array.to_dataset(name=name), kind=kind))
+            badness = _badness(arviz, array, known.chains)
+            worst = np.sort(np.argsort(-badness.reshape(len(spaced), -1).max(1))[:rows])
+            array, badness = array.isel({row: worst}), badness[worst]
+        table = arviz.summary(array.to_dataset(name=name), kind=kind)
+        if array.ndim > 3:  # of a row with several outputs, the worst
+            table = table.iloc[[i * badness[0].size + int(np.argmax(b)) for i, b in enumerate(badness)]]
+        tables.append(table)
     if shown:
         tables.append(arviz.summary(assemble({"posterior": shown}), kind=kind))
     which = "largest R-hat" if known.chains > 1 else "largest standard deviation"
@@ -209,9 +213,8 @@ def summary(
 
 
 def _badness(arviz: Any, array: Any, chains: int) -> np.ndarray:
-    """Of each row the worst R-hat of its outputs, or the standard deviation."""
-    rest = array.dims[3:]
+    """R-hat of each entry, or its standard deviation."""
     if chains < 2:
-        return np.asarray(array.std(("chain", "draw")).max(rest))
-    rhat = arviz.rhat(array.to_dataset(name="value"))["value"].max(rest)
+        return np.asarray(array.std(("chain", "draw")))
+    rhat = arviz.rhat(array.to_dataset(name="value"))["value"]
     return np.nan_to_num(np.asarray(rhat), nan=np.inf)

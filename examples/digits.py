@@ -77,7 +77,10 @@ def print_scores(named):
 def plot(path, predictions, labels, uncertainty):
     figure, axes = plt.subplots(2, 2, figsize=(11, 10), layout="constrained")
     for axis, (name, prediction) in zip(axes[0], predictions.items(), strict=True):
-        bnn.reliability(prediction.probabilities, labels).plot(axis)
+        members = prediction.draws if prediction.num_draws > 1 else prediction.probabilities
+        bnn.reliability(members, labels).plot(
+            axis
+        )  # rows of one posterior err together: the band knows it by the draws
         axis.set_title(f"Calibration: {name}")
     for name, prediction in predictions.items():
         curve = bnn.accuracy_rejection(prediction.probabilities, labels)
@@ -109,7 +112,10 @@ def main():
     print(mcmc.temperature_report())
     print(bnn.summary(mcmc, x_test, num_samples=2000))
 
-    predictions = {"mode": bnn.predict(mode, x_test, model=model), "posterior": bnn.predict(mcmc, x_test)}
+    predictions = {
+        "mode": bnn.predict(mode, x_test, model=model),
+        "posterior": bnn.predict(mcmc, x_test, num_samples=800, draws=True),
+    }
     print_scores({"mode": bnn.score(mode, x_test, y_test, model=model), "posterior": bnn.score(mcmc, x_test, y_test)})
     uncertainty = {}
     print(f"\n{'images':<22}{'entropy':>10}{'of it epistemic':>18}{'(posterior)':>14}")
@@ -120,7 +126,7 @@ def main():
 
     options.folder.mkdir(parents=True, exist_ok=True)
     plot(options.folder / "digits.png", predictions, y_test, uncertainty)
-    idata = bnn.to_arviz(mcmc, thin=4, function_space=True, posterior_predictive=True)
+    idata = bnn.to_arviz(mcmc, thin=8, function_space=True, posterior_predictive=True)
     idata.to_netcdf(options.folder / "digits.nc")
     bnn.report(idata, options.folder / "digits.html")
     print(f"\nwrote digits.png, digits.nc and digits.html to {options.folder.resolve()}")

@@ -125,3 +125,14 @@ def test_a_law_without_a_mean_has_no_function() -> None:
         bnn.function_space({"weight": torch.zeros(4, 2)}, torch.zeros(3, 2), model=model)
     with pytest.raises(ValueError, match="rows is 0"):
         bnn.summary({"weight": torch.zeros(4, 2)}, torch.zeros(3, 2), rows=0, model=model)
+
+
+def test_of_a_row_with_several_outputs_the_summary_shows_the_worst() -> None:
+    pyro.set_rng_seed(0)
+    draws = {"weight": 0.3 * torch.randn(4, 50, 2) + torch.tensor([0.0, 0.2, 0.4, 0.6])[:, None, None]}
+    data = bnn.arviz_data.assemble({"posterior": {name: value.numpy() for name, value in draws.items()}})
+    x, model = torch.randn(6, 2), model_of(four_classes)
+    rhats = np.asarray(az.rhat(bnn.function_space(data, x, model=model))["y_probability"])
+    rows = np.sort(np.argsort(-rhats.max(1))[:2])
+    found = bnn.summary(data, x, rows=2, model=model).table.index[:2]
+    assert list(found) == [f"y_probability[{row}, {rhats[row].argmax()}]" for row in rows]

@@ -71,7 +71,9 @@ def _ranks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np
     for first in range(0, len(y), size):
         rows = slice(first, first + size)
         pooled = np.concatenate([y[None, rows], x[:, rows]])
-        yield rows, stats.rankdata(pooled, "min", axis=0) - 1, stats.rankdata(pooled, "max", axis=0) - 1
+        below = stats.rankdata(pooled, "min", axis=0) - 1
+        tied = (below.sum(0) < len(pooled) * (len(pooled) - 1) / 2).any()
+        yield rows, below, stats.rankdata(pooled, "max", axis=0) - 1 if tied else below
 
 
 @dataclass(frozen=True)

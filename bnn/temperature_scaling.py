@@ -63,7 +63,9 @@ class TemperatureScaling:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return torch.from_numpy(_scaled(given, self.protocol)(1.0 / self.temperature))
+        members = _before_scaling(given, self.protocol)
+        scaled = logsumexp(log_softmax(members / self.temperature, axis=-1), axis=0) - math.log(len(members))
+        return torch.from_numpy(scaled)
 
 
 def fit_temperature(log_probabilities: Any, labels: Any, *, protocol: str = "after") -> TemperatureScaling:
@@ -130,13 +132,14 @@ def calibrated_nll(
     rows = len(y)
     if rows < folds:
         raise ValueError(f"there are {rows} rows for {folds} folds; give at least as many rows.")
+    given = _before_scaling(given, _checked(protocol))  # averages once
     losses, temperatures = np.zeros((repeats, rows)), np.zeros((repeats, folds))
     for repeat in range(repeats):
         order = torch.randperm(rows).numpy()
         for fold in range(folds):
             scored = order[fold::folds]
             fitted = np.setdiff1d(order, scored)
-            tau = _best_temperature(given[:, fitted], y[fitted], _checked(protocol))
+            tau = _best_temperature(given[:, fitted], y[fitted], protocol)
             losses[repeat, scored] = _losses(given[:, scored], y[scored], protocol)(1.0 / tau)
             temperatures[repeat, fold] = tau
     return CalibratedNLL(mean_score(losses.mean(0)), temperatures)
@@ -174,18 +177,19 @@ def _checked(protocol: str) -> str:
     return protocol
 
 
-def _scaled(given: np.ndarray, protocol: str) -> Callable[[float], np.ndarray]:
-    """Log probabilities ``(rows, classes)`` as a function of the inverse temperature."""
-    if protocol == "after":
-        given = logsumexp(given, axis=0, keepdims=True) - math.log(len(given))
-    count = math.log(len(given))
-    return lambda inverse: np.asarray(logsumexp(log_softmax(inverse * given, axis=-1), axis=0) - count)
+def _before_scaling(given: np.ndarray, protocol: str) -> np.ndarray:
+    """What is divided by the temperature, ``(members or 1, rows, classes)``."""
+    if protocol == "before":
+        return given
+    return np.asarray(logsumexp(given, axis=0, keepdims=True) - math.log(len(given)))
 
 
 def _losses(given: np.ndarray, y: np.ndarray, protocol: str) -> Callable[[float], np.ndarray]:
     """NLL of each row as a function of the inverse temperature."""
-    scaled = _scaled(given, protocol)
-    return lambda inverse: -scaled(inverse)[np.arange(len(y)), y]
+    given = _before_scaling(given, protocol)
+    given = given - given.max(-1, keepdims=True)
+    label, count = given[:, np.arange(len(y)), y], math.log(len(given))
+    return lambda inverse: count - logsumexp(inverse * label - np.log(np.exp(inverse * given).sum(-1)), axis=0)
 
 
 def _best_temperature(given: np.ndarray, y: np.ndarray, protocol: str) -> float:

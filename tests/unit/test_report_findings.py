@@ -115,6 +115,16 @@ def test_the_verdict_counts():
     assert "not judged" in conclusion(findings(data), data)[1]
 
 
+def test_the_worst_comes_first():
+    found = findings(read(regression_run(shift=0.2, kinetic=1.1, temperature=0.5, attrs={"caveat": "no"})))
+    assert [one.level for one in found] == sorted(
+        (one.level for one in found), key=("serious", "caution", "note").index
+    )
+    assert {one.level for one in found} == {"serious", "caution", "note"}
+    level = {kinetic: findings(read(regression_run(kinetic=kinetic)))[0].level for kinetic in (1.1, 1.5)}
+    assert level == {1.1: "caution", 1.5: "serious"}
+
+
 def test_weights_do_not_count_where_predictions_are_known():
     """Hidden units that chains label otherwise: R-hat of weights is large, of the function it is not."""
     random = np.random.default_rng(1)
@@ -161,6 +171,20 @@ def test_classes_are_told_from_numbers():
     assert of(3 * random.integers(0, 9, rows), 3 * random.integers(0, 9, (2, 50, rows))) is None
     assert of(random.poisson(300, rows), random.poisson(300, (2, 50, rows))) is None
     assert of(random.normal(size=rows), random.normal(size=(2, 50, rows))) is None
+
+
+def test_counts_are_numbers_where_the_function_is_a_mean():
+    random = np.random.default_rng(0)
+    groups = {
+        "posterior": {"rate": random.gamma(2.0, size=(2, 100, 60))},
+        "observed_data": {"y": random.poisson(2, 60)},
+        "posterior_predictive": {"y": random.poisson(2, (2, 100, 60))},
+    }
+    data = bnn.arviz_data.assemble(groups)
+    assert next(predicted(read(data))).probabilities is not None  # nothing tells them from classes
+    data["posterior"]["rate"].attrs.update(function_of="y", kind="mean")
+    assert next(predicted(read(data))).probabilities is None
+    assert "Coverage of intervals" not in render(data)
 
 
 def test_probabilities_of_other_rows_are_not_taken():

@@ -96,6 +96,7 @@ def test_figures_are_those_of_arviz():
     assert f"<dt>worst R-hat of predictions</dt><dd>{rhat.max():.3f}</dd>" in page
     assert f"<dd>{min(bulk.min(), tail.min()):,.0f}</dd>" in page
 
+    assert set(cells(page, "site")) == {"w", "sigma"}
     weights = az.convert_to_dataset({"v": posterior["w"].values})
     rhat, ess = az.rhat(weights)["v"].values, az.ess(weights, method="bulk")["v"].values
     shape, mean, sd, prior, share, largest, least, *_ = cells(page, "site")["w"]
@@ -110,6 +111,20 @@ def test_figures_are_those_of_arviz():
     assert cells(page, "measured on")["momenta"][0] == number(stats["kinetic_temperature"].mean(), 4)
     loo = bnn.loo_report(data)
     assert f"elpd = {loo.elpd:.6g}".replace("-", "−") in page
+
+
+def test_r_hat_of_one_chain_is_that_of_its_halves():
+    data = regression_run(chains=1, slow=0.9)
+    halves = data["posterior"]["y_mean"].values.reshape(2, 250, 25)
+    worst = az.rhat(az.convert_to_dataset({"v": halves}))["v"].values.max()
+    assert f"<dt>worst R-hat of predictions</dt><dd>{worst:.3f}</dd>" in render(data)
+
+
+def test_numbers_have_three_digits():
+    given = {0.123456: "0.123", -12.3456: "−12.3", 1234.6: "1,235", 150.0: "150", 3: "3", 1e9: "1e+09", np.nan: "–",
+             np.inf: "∞", -np.inf: "−∞", 0.0: "0", 1.5e-7: "1.5e−07"}  # fmt: skip
+    assert {value: number(value) for value in given} == given
+    assert (number(1.00449, 4), number(0.00449, 1)) == ("1.004", "0.004")
 
 
 def test_scores_are_those_of_the_functions():
@@ -244,7 +259,10 @@ def test_nothing_is_touched(tmp_path, plots):
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     settings, figures, backend = dict(matplotlib.rcParams), plt.get_fignums(), matplotlib.get_backend()
     first = report(data, tmp_path / "a.html")
+    torch.manual_seed(5)
     second = report(data, tmp_path / "b.html")
+    assert torch.equal(torch.get_rng_state(), torch.manual_seed(5).get_state())
+    torch.set_rng_state(torch_state)
     assert first == tmp_path / "a.html" and first.read_text() == second.read_text()
     assert list(before) == list(data.groups())
     for name, group in before.items():

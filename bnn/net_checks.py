@@ -92,8 +92,8 @@ def check_net(net: Any) -> None:
             )
         if module.training and isinstance(module, nn.RReLU) and module.lower != module.upper:
             raise ValueError(
-                f"{where} draws its slopes at random, and that noise is no part of a posterior over the parameters: "
-                "call net.eval()."
+                f"{where} draws its slopes at random, and that is no part of a posterior over the parameters: call "
+                "net.eval()."
             )
         if module.training and _dropout(module):
             raise ValueError(

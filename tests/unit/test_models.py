@@ -31,6 +31,12 @@ from support.regression import Regression, divergence, gaussian_of, train
 each_net = pytest.mark.parametrize("case", NETS, ids=lambda case: case.name)
 
 
+def some_quick(*quick: str) -> Any:
+    """Every net, those that are not named among the slow tests."""
+    marked = [pytest.param(c, id=c.name, marks=[] if c.name in quick else pytest.mark.slow) for c in NETS]
+    return pytest.mark.parametrize("case", marked)
+
+
 @pytest.fixture
 def double() -> None:
     torch.set_default_dtype(torch.float64)
@@ -51,7 +57,7 @@ def by_hand(net: nn.Module, x: Any, y: Tensor, values: dict[str, Tensor]) -> flo
 # ---- every net
 
 
-@each_net
+@some_quick("mlp", "conv", "group_norm", "tied_embedding", "two_inputs")
 def test_each_net_is_recorded_and_right(case: Case, double: None) -> None:
     """The energy of all data is minus the log joint, and so is the mean over an epoch of minibatches."""
     net, (x, y) = case.net(), case.data()
@@ -68,7 +74,7 @@ def test_each_net_is_recorded_and_right(case: Case, double: None) -> None:
     assert np.mean(epoch) == pytest.approx(expected, rel=1e-12)
 
 
-@each_net
+@some_quick("mlp", "group_norm", "tied_embedding")
 def test_guides_recognise_the_layers(case: Case) -> None:
     x, y = case.data()
     model = case.model(batch_size=6)
@@ -83,7 +89,7 @@ def test_guides_recognise_the_layers(case: Case) -> None:
     assert Predictive(model, guide=guide, num_samples=3)(x)["y"].shape == (3, ROWS)
 
 
-@each_net
+@some_quick("mlp", "tied_embedding")
 def test_every_inference_runs(case: Case) -> None:
     """A kernel's chains, their ArviZ data and predictions; Adam on one of Pyro's guides."""
     x, y = case.data()
@@ -130,13 +136,14 @@ def test_pickled_and_copied_models_are_the_same(case: Case) -> None:
         assert repr(other) == repr(model)
 
 
-def test_attention_is_the_same_with_and_without_gradients() -> None:
-    """The fused layers of eval mode, which have no gradients, are not taken, and the setting is put back."""
+def test_attention_never_takes_the_fused_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of eval mode have no gradients and run draw by draw under vmap. The setting is put back."""
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", None)
     model, (x, _) = TRANSFORMER.model(), TRANSFORMER.data()
-    law = {p.name: model.law(p.name).sample() for p in model.parameters}
+    values = {p.name: model.law(p.name).sample() for p in model.parameters}
     with torch.no_grad():
-        plain = model.outputs(law, [x])
-    tracked = model.outputs({name: value.requires_grad_() for name, value in law.items()}, [x])
+        plain = model.outputs(values, [x])
+    tracked = model.outputs({name: value.requires_grad_() for name, value in values.items()}, [x])
     assert torch.equal(plain, tracked) and torch.backends.mha.get_fastpath_enabled()
 
 
@@ -199,12 +206,11 @@ def test_linear_regression_is_exact(outputs: int, steps: int, double: None) -> N
 def test_batches_of_a_loader_are_the_data(double: None) -> None:
     net, (x, y) = mlp(), MLP.data()
     whole = bnn.Potential(MLP.model(net), x, y, compile="fx")
-    for size in (4, 5):  # 5: the last batch is smaller
-        loader = DataLoader(TensorDataset(x, y), batch_size=size)
-        potential = bnn.Potential(MLP.model(net, num_data=ROWS), batches=loader, compile="fx")
-        assert potential.is_recorded
-        position = torch.randn(2, potential.dim)
-        assert torch.allclose(potential.full_energy(position), whole.full_energy(position), rtol=1e-12)
+    loader = DataLoader(TensorDataset(x, y), batch_size=5)  # the last batch is smaller
+    potential = bnn.Potential(MLP.model(net, num_data=ROWS), batches=loader, compile="fx")
+    assert potential.is_recorded
+    position = torch.randn(2, potential.dim)
+    assert torch.allclose(potential.full_energy(position), whole.full_energy(position), rtol=1e-12)
 
 
 def test_a_batch_larger_than_the_data_is_the_data(double: None) -> None:

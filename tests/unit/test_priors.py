@@ -217,8 +217,6 @@ def test_recorded_gradient_is_the_handlers(prior: Any) -> None:
 
 @each_case
 def test_pickled_and_copied_model_is_the_same(case: Case) -> None:
-    if case.name == "rules":
-        pytest.skip("predicates are used up when the model is made: the others show that the model pickles")
     args = images()
     model = bnn.bayesian(Filters(), prior=case.prior, likelihood=Gaussian(0.3))
     values = latents(model, *args)

@@ -152,8 +152,10 @@ class BayesianNet:
     ) -> Tensor:
         weights = None
         if y is not None:
-            self._seen.once(y, mask, (*outputs.shape[1:],), lambda: self.likelihood.check(outputs.shape, y, mask))
-            y, mask = (t if t is None or index is None else t[index] for t in (y, mask))
+            given = y, mask
+            self._seen.once(*given, (*outputs.shape[1:],), lambda: self.likelihood.check(outputs.shape, *given))
+            if index is not None:
+                y, mask = y[index], mask if mask is None else mask[index]
             y = self.likelihood.targets(y, outputs, mask)
             weights = self.likelihood.weights(y, outputs.dtype)
         law = self.likelihood.law(outputs, noise, mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,7 +166,7 @@ def check_inputs(inputs: Any, parameters: Sequence[Parameter], seen: Seen) -> in
                 f"x is {part.dtype}, the net's parameters {wanted}: convert one of them, x.to({wanted}) or "
                 f"net.to({part.dtype})."
             )
-        seen.once(part, None, (), lambda part=part: _finite(part))
+        seen.once(part, None, (), partial(_finite, part))
     return shapes[0][0]
 
 

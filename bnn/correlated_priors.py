@@ -108,7 +108,7 @@ class Correlated(Prior):
         law = MatrixNormal(value.new_zeros(rows, columns), row_factor, column_factor)
         if value.dim() == 2:
             return law
-        return dist.TransformedDistribution(law, ReshapeTransform((rows, columns), tuple(parameter.shape)))
+        return dist.TransformedDistribution(law, ReshapeTransform(torch.Size((rows, columns)), parameter.shape))
 
 
 def _factor(name: str, covariance: Any) -> Tensor:

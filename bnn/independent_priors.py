@@ -108,7 +108,7 @@ class StudentT(Prior):
         return parameter.site_of(dist.StudentT(df, loc, scale))
 
 
-class NormalMixture(dist.MixtureSameFamily):  # type: ignore[misc]
+class NormalMixture(dist.MixtureSameFamily):
     """A mixture of Normals whose support says that it is the real line, so that samplers need not transform it."""
 
     support = constraints.real

@@ -64,7 +64,7 @@ def _drawn(model: Callable[..., Any], x: Any) -> dict[str, Tensor]:
     """One draw of everything that the model draws without ``y``."""
     with _Draws(), poutine.trace() as trace:
         model(x)
-    nodes = trace.trace.nodes.items()
+    nodes: Any = trace.trace.nodes.items()
     return {
         name: site["value"]
         for name, site in nodes
@@ -76,7 +76,7 @@ def _drawn(model: Callable[..., Any], x: Any) -> dict[str, Tensor]:
 
 def _observed(model: Callable[..., Any], x: Any, values: Mapping[str, Tensor]) -> set[str]:
     """The sites among ``values`` that a model observes when it is given one of them as ``y``, the last first."""
-    for value in reversed(values.values()):
+    for value in reversed(list(values.values())):
         try:
             nodes: Any = poutine.trace(model).get_trace(x, value).nodes
         except (ValueError, RuntimeError, IndexError, TypeError):  # not what the model takes for y

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -152,10 +153,9 @@ class BayesianNet:
     ) -> Tensor:
         weights = None
         if y is not None:
-            given = y, mask
-            self._seen.once(*given, (*outputs.shape[1:],), lambda: self.likelihood.check(outputs.shape, *given))
+            self._seen.once(y, mask, (*outputs.shape[1:],), partial(self.likelihood.check, outputs.shape, y, mask))
             if index is not None:
-                y, mask = y[index], mask if mask is None else mask[index]
+                y, mask = y[index], None if mask is None else mask[index]
             y = self.likelihood.targets(y, outputs, mask)
             weights = self.likelihood.weights(y, outputs.dtype)
         law = self.likelihood.law(outputs, noise, mask)

@@ -34,20 +34,24 @@ class Seen:
         if not isinstance(tensor, Tensor):
             check()
             return
-        key = (_version(tensor), None if other is None else (id(other), _version(other)), facts)
+        key = (_version(tensor), _version(other), facts)
         known = self._known.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[1] == key:
+        if known is not None and known[0]() is tensor and known[1]() is other and known[2] == key:
             return
         check()
         if has_values(tensor):
             if len(self._known) >= MOST_SEEN:
                 self._known.clear()
-            self._known[id(tensor)] = weakref.ref(tensor), key
+            self._known[id(tensor)] = weakref.ref(tensor), _reference(other), key
 
 
-def _version(tensor: Tensor) -> int:
+def _reference(tensor: Any) -> Callable[[], Any]:
+    return weakref.ref(tensor) if isinstance(tensor, Tensor) else lambda: tensor
+
+
+def _version(tensor: Any) -> int:
     """Counts the writes to a tensor; those of inference mode do not count them."""
-    return -1 if tensor.is_inference() else int(tensor._version)
+    return -1 if not isinstance(tensor, Tensor) or tensor.is_inference() else int(tensor._version)
 
 
 def copied(net: nn.Module) -> nn.Module:

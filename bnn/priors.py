@@ -36,8 +36,9 @@ from bnn.scale_priors import Horseshoe as Horseshoe
 class Flat(Prior):
     """The improper prior of density one everywhere: the posterior is the normalised likelihood, if that can be.
 
-    Nothing can be drawn from it, and the posterior of a net that can fit its data perfectly, or whose parameters are
-    not identified, does not exist: for a few parameters at most.
+    Nothing can be drawn from it: Pyro's ``Predictive`` tries to, and fails, even where it is given draws. And the
+    posterior of a net that can fit its data perfectly, or whose parameters are not identified, does not exist: for a
+    few parameters at most.
     """
 
     def law(self, parameter: Parameter) -> Any:
@@ -61,6 +62,10 @@ class Fixed(Prior):
 
     train: bool = False
     latent = False
+
+    def law(self, parameter: Parameter) -> Any:
+        """:raises NotImplementedError: always: it has no distribution."""
+        raise NotImplementedError(f"parameter {parameter.name!r} is kept at its value ({self}) and has no prior.")
 
     def sample(self, parameter: Parameter) -> Tensor | None:
         """None, or the trained value."""

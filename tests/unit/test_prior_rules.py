@@ -204,6 +204,12 @@ def test_mistakes_are_refused_in_words(name: str) -> None:
         assert word in str(caught.value), str(caught.value)
 
 
+def test_what_is_kept_has_no_law() -> None:
+    model = bnn.bayesian(Filters(), prior=priors.last_layer(), likelihood=Gaussian())
+    with pytest.raises(NotImplementedError, match=r"'conv.bias' is kept at its value \(Fixed\(train=False\)\)"):
+        model.law("conv.bias")
+
+
 def test_whole_numbers_may_be_kept() -> None:
     model = bnn.bayesian(Counter(), prior={"count": priors.Fixed(), "*": priors.FanIn()}, likelihood=Gaussian())
     assert model(torch.randn(3, 16)).shape == (3,)

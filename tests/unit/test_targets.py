@@ -48,6 +48,10 @@ def test_targets_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(reads) == 2
     model(x, y.clone())
     assert len(reads) == 3
+    for _ in range(2):
+        for mask in (torch.ones(ROWS, dtype=torch.bool), torch.zeros(ROWS, dtype=torch.bool)):
+            model(x, y, mask)
+    assert len(reads) == 7
     y[3] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         model(x, y)

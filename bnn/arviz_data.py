@@ -29,6 +29,7 @@ def to_arviz(
     predictions: Variables | None = None,
     predictions_constant_data: Variables | None = None,
     prior: Variables | None = None,
+    function_space: bool = False,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     pred_dims: Mapping[str, Sequence[str]] | None = None,
@@ -65,6 +66,8 @@ def to_arviz(
     :param predictions_constant_data: these other data.
     :param prior: draws from the prior, as ``Predictive(model, num_samples=...)`` returns them; observed sites among
         them become the group ``prior_predictive``.
+    :param function_space: whether the posterior also holds each draw's mean of every observed site ``y`` over the data
+        as ``y_mean``, or its class probabilities as ``y_probability`` (see :func:`bnn.function_space`).
     :param coords: values of named dimensions.
     :param dims: names of each variable's dimensions after chain and draw; ``obs_dim_0``, ... by default.
     :param pred_dims: the same for ``predictions`` and ``predictions_constant_data``.
@@ -112,6 +115,14 @@ def to_arviz(
     }
     thinned = {name: value[:, ::thin] for name, value in samples.items()}
     groups.update(_from_model(posterior, thinned, given, batches))
+    functions: dict[str, Any] = {}
+    if function_space:
+        from bnn.in_function_space import dims_of, functions_of_run
+
+        loader = getattr(getattr(posterior, "kernel", None), "batches", None) if batches is None else batches
+        functions = functions_of_run(posterior, thinned, loader)
+        groups["posterior"].update({name: values for name, (_, _, values) in functions.items()})
+        dims = {**dims_of(functions), **(dims or {})}
     for group, variables in {**given, "predictions": predictions}.items():
         if isinstance(variables, Mapping):
             shape = (chains, draws) if group in WITH_DRAWS else None
@@ -128,7 +139,9 @@ def to_arviz(
     if facts:
         attrs["sample_stats"] = dict(facts)
         dims, coords = _with_sites(stats, facts["site_name"], dims, coords)
-    return assemble(groups, coords=coords, dims=dims, pred_dims=pred_dims, attrs=attrs)
+    data = assemble(groups, coords=coords, dims=dims, pred_dims=pred_dims, attrs=attrs)
+    mark_functions(data, functions)
+    return data
 
 
 def assemble(
@@ -172,6 +185,15 @@ def assemble(
         if predictions:  # ArviZ 0.x would give predictions_constant_data the dimensions of constant_data
             result.extend(from_dict(**predictions, coords=names, dims=pred_named))
     return result
+
+
+def mark_functions(data: Any, functions: Mapping[str, tuple[str, str, Any]]) -> None:
+    """Note in the attributes of variables of the posterior that they are functions of draws, not latent sites.
+
+    :param functions: variable -> (site, ``"mean"`` or ``"probability"``, values).
+    """
+    for name, (site, kind, _) in functions.items():
+        data["posterior"][name].attrs.update(function_of=site, kind=kind)
 
 
 def _with_sites(

@@ -121,23 +121,37 @@ def plot_norm_balance(run: Any) -> Any:
     time = statistics.need("time")[0][0]
     figure, axes = plt.subplots(3, 3, figsize=(12, 7.5), sharex=True, layout="constrained")
     for column, (norm, label) in enumerate(NORMS.items()):
-        span, change, rate, sde_rate = _intervals(statistics, norm)
         top, middle, bottom = axes[:, column]
         values = statistics.need(norm)[0]
         top.plot(time, values.T, color="C0", alpha=max(0.1, 1.0 / len(values)), linewidth=0.7)
         top.plot(time, values.mean(0), color="black", linewidth=1.0, label="mean over chains")
         top.set_title(label)
-        elapsed = time[0] + np.cumsum(span)
-        left, right = np.cumsum(change.mean(0)), np.cumsum((rate * span).mean(0))
-        middle.plot(elapsed, np.cumsum((sde_rate * span).mean(0)), "C2:", linewidth=1.0, label="right side of the SDE")
-        middle.plot(elapsed, right, "C1", linewidth=2.5, alpha=0.6, label="right side of the steps")
-        middle.plot(elapsed, left, "black", linewidth=0.9, label="left side: change")
-        band = 2.0 * float(balance.error.sel(norm=norm)) * np.sqrt(np.cumsum(span) * span.sum())
-        bottom.fill_between(elapsed, -band, band, color="C0", alpha=0.2, linewidth=0, label="2 standard errors")
-        bottom.plot(elapsed, left - right, "black", linewidth=0.9, label="residual")
-        bottom.axhline(0.0, color="grey", linewidth=0.5)
+        draw_sums(middle, statistics, norm)
+        draw_residual(bottom, statistics, norm, float(balance.error.sel(norm=norm)))
         bottom.set_xlabel("time (sum of step sizes)")
     for row, words in enumerate(("norm", "sum of changes", "residual")):
         axes[row, 0].set_ylabel(words)
         axes[row, 0].legend(fontsize="small")
     return figure
+
+
+def draw_sums(axes: Any, statistics: RunStatistics, norm: str) -> None:
+    """Both sides of the identity of ``norm`` as they add up over time, and the right side of the SDE."""
+    time = statistics.need("time")[0][0]
+    span, change, rate, sde_rate = _intervals(statistics, norm)
+    elapsed = time[0] + np.cumsum(span)
+    axes.plot(elapsed, np.cumsum((sde_rate * span).mean(0)), "C2:", linewidth=1.0, label="right side of the SDE")
+    right = np.cumsum((rate * span).mean(0))
+    axes.plot(elapsed, right, "C1", linewidth=2.5, alpha=0.6, label="right side of the steps")
+    axes.plot(elapsed, np.cumsum(change.mean(0)), "black", linewidth=0.9, label="left side: change")
+
+
+def draw_residual(axes: Any, statistics: RunStatistics, norm: str, error: float) -> None:
+    """The difference of both sides as it adds up, in a band of two standard errors."""
+    time = statistics.need("time")[0][0]
+    span, change, rate, _ = _intervals(statistics, norm)
+    elapsed = time[0] + np.cumsum(span)
+    band = 2.0 * error * np.sqrt(np.cumsum(span) * span.sum())
+    axes.fill_between(elapsed, -band, band, color="C0", alpha=0.2, linewidth=0, label="2 standard errors")
+    axes.plot(elapsed, np.cumsum((change - rate * span).mean(0)), "black", linewidth=0.9, label="residual")
+    axes.axhline(0.0, color="grey", linewidth=0.5)

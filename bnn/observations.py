@@ -59,7 +59,7 @@ def one_pass(batches: Iterable[Any]) -> Iterator[Chunk]:
         row += size
 
 
-def place_of(site: Observation, chunk: Chunk) -> dict[int, int] | None:
+def place_of(site: Placed, chunk: Chunk) -> dict[int, int] | None:
     """Where the chunk's part of the site begins, per dimension of its batch shape; None if it is there already."""
     if chunk.row is not None:
         dim = site.row_dim(chunk.size)
@@ -88,25 +88,23 @@ def copies_of(site: Observation, reader: Reader, probe: Chunk, batches: Iterable
 
 
 @dataclass(frozen=True)
-class Observation:
-    """An observed site in one run.
+class Placed:
+    """A site in one run, of which each row of the data has its part.
 
-    :ivar log_prob: log density of each observation, unscaled; zero where it is masked.
-    :ivar value: what is observed, of the shape of ``log_prob`` and the event dimensions.
     :ivar plates: the plates around it -> their dimension; None for a sequential plate.
     :ivar sizes: the plates around it -> (size in this run, full size).
-    :ivar laws: names of the distributions that a draw of the value needs.
+    :ivar batch_shape: shape of its log density.
+    :ivar value: its value, of that shape and the event dimensions.
     """
 
-    log_prob: Tensor
-    value: Tensor
     plates: dict[str, int | None]
     sizes: dict[str, tuple[int, int]]
-    laws: frozenset[str]
+    batch_shape: torch.Size
+    value: Tensor
 
     def shifted(self, place: Mapping[int, int]) -> dict[int, int]:
         """A place in the log-likelihood as a place in the value, which has event dimensions besides."""
-        return {dim - (self.value.dim() - self.log_prob.dim()): start for dim, start in place.items()}
+        return {dim - (self.value.dim() - len(self.batch_shape)): start for dim, start in place.items()}
 
     def row_dim(self, rows: int) -> int | None:
         """The dimension of the log-likelihood that counts the rows of a batch."""
@@ -117,8 +115,35 @@ class Observation:
         for name, dim in dims.items():
             if self.sizes[name][0] == rows:
                 return dim
-        shape = self.log_prob.shape
+        shape = self.batch_shape
         return -len(shape) if len(shape) and shape[0] == rows else None
+
+
+@dataclass(frozen=True)
+class Observation(Placed):
+    """An observed site in one run.
+
+    :ivar log_prob: log density of each observation, unscaled; zero where it is masked.
+    :ivar laws: names of the distributions that a draw of the value needs.
+    """
+
+    log_prob: Tensor
+    laws: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Target(Placed):
+    """A site that is predicted, in one run.
+
+    :ivar fn: its distribution.
+    """
+
+    fn: Any
+
+    @property
+    def laws(self) -> frozenset[str]:
+        """Names of the distributions that a draw of the value needs."""
+        return _laws(self.fn)
 
 
 class Reader(Messenger):
@@ -149,17 +174,53 @@ class Reader(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if is_plate(msg) or not is_observation(msg):
             return
-        fn, frames = msg["fn"], msg["cond_indep_stack"]
+        fn = msg["fn"]
         value = torch.as_tensor(msg["value"])
         log_prob = scale_and_mask(fn.log_prob(value), 1.0, msg["mask"])
         event = value.shape[value.dim() - fn.event_dim :]
         self.sites[msg["name"]] = Observation(
-            log_prob,
-            value.expand(log_prob.shape + event),
-            {frame.name: frame.dim for frame in frames},
-            {frame.name: (int(frame.size), int(frame.full_size or frame.size)) for frame in frames},
-            _laws(fn),
+            **_plates_of(msg),
+            batch_shape=log_prob.shape,
+            value=value.expand(log_prob.shape + event),
+            log_prob=log_prob,
+            laws=_laws(fn),
         )
+
+
+class TargetReader(Reader):
+    """Collects the sites to be predicted: what is observed, and what is neither observed nor among the values.
+
+    :param drawn: whether their values are drawn; else they are zeros, and no other site may depend on them.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], rows: Mapping[str, Tensor], drawn: bool) -> None:
+        super().__init__(values, rows, resample=drawn)
+        self.drawn = drawn
+        self.targets: dict[str, Target] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if msg["value"] is None and not self.drawn and not is_plate(msg):
+            fn = msg["fn"]
+            discrete = getattr(fn.support, "is_discrete", False)
+            msg["value"], msg["done"] = torch.zeros(fn.shape(), dtype=torch.long if discrete else None), True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if is_plate(msg) or (msg["name"] in self.values and not msg["is_observed"]):
+            return
+        if msg["is_observed"] and not is_observation(msg):
+            return
+        fn, value = msg["fn"], torch.as_tensor(msg["value"])
+        value = value.expand(fn.shape()) if value.dim() <= len(fn.shape()) else value
+        self.targets[msg["name"]] = Target(**_plates_of(msg), batch_shape=fn.batch_shape, value=value, fn=fn)
+
+
+def _plates_of(msg: Any) -> dict[str, Any]:
+    frames = msg["cond_indep_stack"]
+    return {
+        "plates": {frame.name: frame.dim for frame in frames},
+        "sizes": {frame.name: (int(frame.size), int(frame.full_size or frame.size)) for frame in frames},
+    }
 
 
 def _dtype(fn: Any) -> torch.dtype | None:
@@ -179,6 +240,14 @@ def _laws(fn: Any) -> frozenset[str]:
 def read(model: Callable[..., Any], values: Mapping[str, Tensor], chunk: Chunk, resample: bool = False) -> Reader:
     """Run ``model`` with its latent sites at ``values``; with ``resample``, observed sites are drawn anew."""
     reader = Reader(values, chunk.rows, resample)
+    with poutine.block(), reader:
+        model(*chunk.args, **chunk.kwargs)
+    return reader
+
+
+def read_targets(model: Callable[..., Any], values: Mapping[str, Tensor], chunk: Chunk, drawn: bool) -> TargetReader:
+    """Run ``model`` with its latent sites at ``values`` and collect the distributions of all others."""
+    reader = TargetReader(values, chunk.rows, drawn)
     with poutine.block(), reader:
         model(*chunk.args, **chunk.kwargs)
     return reader

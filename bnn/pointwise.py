@@ -6,31 +6,20 @@ many at once as memory allows.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from bnn.checks import first_of
 from bnn.log_joint import quiet_handlers
 from bnn.observations import Chunk, Observation, Reader, copies_of, one_pass, place_of, read, tensor_arguments, windows
+from bnn.over_draws import OverDraws, fresh_noise
 
 # A group of more numbers than this is made only on request.
 LARGEST_GROUP = 20_000_000
-
-# So many draws run at once that the largest tensor inside the model stays below this many numbers.
-LARGEST_TENSOR = 1 << 22
-
-# Laws that can be drawn from for many draws at once; others differ from their loop, warn, or are not implemented there.
-DRAWN_AT_ONCE = {
-    "Bernoulli", "Categorical", "Gamma", "HalfNormal", "Laplace", "LogNormal", "MultivariateNormal", "Normal",
-    "OneHotCategorical", "Poisson", "StudentT", "Uniform",
-}  # fmt: skip
 
 PER_DRAW = ("log_likelihood", "posterior_predictive")
 
@@ -69,13 +58,13 @@ def evaluate(
     """
     if batches is not None:
         args, kwargs = first_of(batches, (), {})
-    probe, over_draws = Chunk(args, dict(kwargs)), _OverDraws(model, draws)
+    probe, over_draws = Chunk(args, dict(kwargs)), OverDraws(draws)
     with torch.no_grad(), quiet_handlers():
         with over_draws.meter:
             reader = read(model, over_draws.first, probe)
-        groups = Groups(left_out=_left_out(wanted, reader, probe, over_draws, batches))
+        groups = Groups(left_out=_left_out(model, wanted, reader, probe, over_draws, batches))
         collector = _Collector(
-            over_draws, {g for g, want in wanted.items() if want is not False} - set(groups.left_out)
+            model, over_draws, {g for g, want in wanted.items() if want is not False} - set(groups.left_out)
         )
         if collector.parts:
             for chunk in windows(probe, list(reader.plates.values())) if batches is None else one_pass(batches):
@@ -85,17 +74,18 @@ def evaluate(
 
 
 def _left_out(
+    model: Callable[..., Any],
     wanted: Mapping[str, bool | None],
     reader: Reader,
     probe: Chunk,
-    over_draws: _OverDraws,
+    over_draws: OverDraws,
     batches: Iterable[Any] | None,
 ) -> dict[str, str]:
     """Which groups are too large or cannot be computed, and why; those that must be made are an error."""
     copies = {name: copies_of(site, reader, probe, batches) for name, site in reader.sites.items()}
     rows = sum(site.log_prob.numel() * copies[name] for name, site in reader.sites.items())
     numbers = sum(site.value.numel() * copies[name] for name, site in reader.sites.items())
-    arguments = sum(value.numel() for value in tensor_arguments(over_draws.model, probe).values())
+    arguments = sum(value.numel() for value in tensor_arguments(model, probe).values())
     sizes = {
         "observed_data": numbers,
         "constant_data": arguments * (1 if batches is None else max(copies.values(), default=1)),
@@ -117,11 +107,11 @@ def _left_out(
 class _Collector:
     """Puts the groups together, chunk by chunk."""
 
-    def __init__(self, over_draws: _OverDraws, wanted: set[str]) -> None:
-        self.model, self.over_draws, self.wanted = over_draws.model, over_draws, wanted
-        self.parts = {group: _Parts() for group in wanted}
+    def __init__(self, model: Callable[..., Any], over_draws: OverDraws, wanted: set[str]) -> None:
+        self.model, self.over_draws, self.wanted = model, over_draws, wanted
+        self.parts = {group: Parts() for group in wanted}
         if "constant_data" in wanted:  # is told apart from the observations
-            self.parts.setdefault("observed_data", _Parts())
+            self.parts.setdefault("observed_data", Parts())
         self.whole: dict[str, Tensor] = {}
 
     def add(self, chunk: Chunk) -> None:
@@ -138,10 +128,23 @@ class _Collector:
         for group in PER_DRAW:
             if group in self.parts and places:
                 resample = group == "posterior_predictive"
-                for name, value in self.over_draws(chunk, sites, resample).items():
+                for name, value in self._over_draws(chunk, sites, resample).items():
                     if name in places:
                         place = sites[name].shifted(places[name]) if resample else places[name]
                         self.parts[group].add(name, value, place)
+
+    def _over_draws(self, chunk: Chunk, sites: Mapping[str, Observation], resample: bool) -> dict[str, Tensor]:
+        """Log-likelihood of each site ``(draws, *batch shape)``, or a draw of its value ``(draws, *shape)``."""
+
+        def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            with fresh_noise(resample):
+                found = read(self.model, values, chunk, resample).sites
+            return {name: site.value if resample else site.log_prob for name, site in found.items()}
+
+        if resample:
+            drawn = frozenset[str]().union(*(site.laws for site in sites.values()))
+            return self.over_draws(one, "draw", drawn=drawn)
+        return self.over_draws(one, "log_prob", alone={name: site.log_prob for name, site in sites.items()})
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """The groups that are not empty."""
@@ -168,7 +171,7 @@ class _Collector:
             )
 
 
-class _Parts:
+class Parts:
     """Variables that are put together from chunks."""
 
     def __init__(self) -> None:
@@ -196,87 +199,6 @@ class _Parts:
                     value[tuple(window)] = part
             result[name] = value
         return result
-
-
-# ---- many draws
-
-
-class _Meter(TorchFunctionMode):
-    """Notes the largest tensor that a model makes, and whether it convolves."""
-
-    largest, convolves = 1, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.largest = max(self.largest, result.numel())
-        self.convolves |= getattr(func, "__name__", "").startswith("conv")
-        return result
-
-
-class _FreshNoise(TorchFunctionMode):
-    """Replaces in-place noise on a new tensor, which vectorized draws would have to share, by a new tensor of noise."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_) and not kwargs:
-            like: Tensor = args[0]
-            first = args[1] if len(args) > 1 else 0.0
-            second = args[2] if len(args) > 2 else 1.0
-            draw = torch.randn if func is Tensor.normal_ else torch.rand
-            noise = draw(like.shape, dtype=like.dtype, device=like.device)
-            return first + noise * (second if func is Tensor.normal_ else second - first)
-        return func(*args, **(kwargs or {}))
-
-
-class _OverDraws:
-    """Runs the model for every draw: vectorized where the model allows it, else one after another."""
-
-    def __init__(self, model: Callable[..., Any], draws: Mapping[str, Tensor]) -> None:
-        self.model, self.draws = model, draws
-        self.first = {name: value[0] for name, value in draws.items()}
-        self.count = len(next(iter(draws.values())))
-        self.meter = _Meter()
-        self._vectorizes: dict[bool, bool] = {}
-
-    def __call__(self, chunk: Chunk, sites: Mapping[str, Observation], resample: bool) -> dict[str, Tensor]:
-        """Log-likelihood of each site ``(draws, *batch shape)``, or a draw of its value ``(draws, *shape)``."""
-
-        def one(values: dict[str, Tensor]) -> dict[str, Tensor]:
-            with _FreshNoise() if resample else contextlib.nullcontext():
-                found = read(self.model, values, chunk, resample).sites
-            return {name: site.value if resample else site.log_prob for name, site in found.items()}
-
-        at_once = max(1, LARGEST_TENSOR // self.meter.largest)
-        on_cpu = next(iter(self.draws.values())).device.type == "cpu"
-        slow = at_once == 1 or (on_cpu and self.meter.convolves)  # a convolution per draw gains nothing on a CPU
-        slow |= resample and not all(site.laws <= DRAWN_AT_ONCE for site in sites.values())
-        if self._vectorizes.setdefault(resample, not slow):
-            try:
-                result = self._vectorized(one, at_once)
-                if resample or _agree({name: value[0] for name, value in result.items()}, sites):
-                    return result
-            except Exception:  # whatever vmap cannot do, the loop can, or raises itself
-                pass
-            self._vectorizes[resample] = False
-        pieces = [one({name: value[i] for name, value in self.draws.items()}) for i in range(self.count)]
-        return {name: torch.stack([piece[name] for piece in pieces]) for name in pieces[0]}
-
-    def _vectorized(self, one: Callable[..., Any], at_once: int) -> dict[str, Tensor]:
-        pieces = []
-        for start in range(0, self.count, at_once):
-            part = {name: value[start : start + at_once] for name, value in self.draws.items()}
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-                pieces.append(torch.func.vmap(one, randomness="different")(part))
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-
-
-def _agree(values: Mapping[str, Tensor], sites: Mapping[str, Observation]) -> bool:
-    """Whether the vectorized log-likelihood of the first draw is the one of a run by itself."""
-    return set(values) == set(sites) and all(
-        torch.allclose(value, sites[name].log_prob.to(value), rtol=2e-3, atol=2e-3, equal_nan=True)
-        for name, value in values.items()
-    )
 
 
 def _same(value: Tensor, other: Tensor) -> bool:

@@ -94,6 +94,12 @@ def untraced() -> contextlib.AbstractContextManager[None]:
     return context
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether the numbers of a tensor can be read: not those of one that stands for many, or for none."""
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not (is_wrapped or tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor))
+
+
 class RecordingError(RuntimeError):
     """The function cannot be recorded: its control flow or side effects depend on the values of its inputs."""
 

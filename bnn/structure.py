@@ -26,6 +26,10 @@ from torch.distributions import transforms as torch_transforms
 PRIOR_DRAWS = 10
 
 
+class ModelError(ValueError):
+    """What a model of :func:`bnn.bayesian` finds wrong with its arguments: it says itself what to do."""
+
+
 @dataclass(frozen=True)
 class Site:
     """A latent site of the model and its place in the flat vector.
@@ -135,6 +139,8 @@ def _run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, 
         try:
             with torch.no_grad(), pyro.validation_enabled(True), poutine.block(), reader:
                 return poutine.trace(InitMessenger(draw_or_feasible)(model)).get_trace(*args, **kwargs), reader.plates
+        except ModelError:
+            raise
         except (ValueError, RuntimeError, IndexError) as error:
             if reader.refusal is not None:
                 raise reader.refusal from None

@@ -11,6 +11,7 @@ Leimkuhler and Matthews (2015), "Molecular dynamics", section 6.1.5; Wenzel et a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -127,19 +128,26 @@ def verdict(
     """
     asked = float(np.mean(np.asarray(sample_stats["temperature"], dtype=float)))
     found = {label: measure(sample_stats, name, dim) for name, label in LABELS.items() if name in sample_stats}
-    said = ", ".join(f"{m.mean:.3g} +- {m.error:.1g} ({label})" for label, m in found.items())
+    said = ", ".join(f"{_to_its_error(m)} ({label})" for label, m in found.items())
     off = {label: m for label, m in found.items() if not _is_near(m, asked, tolerance)}
     worst = worst_site(sample_stats, sites or {}, tolerance)
     if worst is not None:
         name, label, m = worst
         off.setdefault(label, m)
-        said += f", site {name!r} at {m.mean:.3g} +- {m.error:.1g} ({label})"
+        said += f", site {name!r} at {_to_its_error(m)} ({label})"
     heat = float(np.mean(np.asarray(sample_stats.get("noise_temperature", asked), dtype=float)))
     if "noise_temperature" in sample_stats:
         said = ", ".join([*([said] if said else []), f"{heat:.3g} (minibatch noise)"])
     if not off and np.isclose(heat, asked, rtol=tolerance):
         return f"asked T = {asked:.3g}, measured {said}: as asked."
     return f"asked T = {asked:.3g}, but measured {said}: {_cause(sample_stats, asked, off)}."
+
+
+def _to_its_error(m: MeasuredTemperature) -> str:
+    """The mean to the first digit of its error."""
+    if not 0.0 < m.error < 1.0:
+        return f"{m.mean:.3g} +- {m.error:.1g}"
+    return f"{m.mean:.{min(6, -math.floor(math.log10(m.error)))}f} +- {m.error:.1g}"
 
 
 def _is_near(m: MeasuredTemperature, asked: float, tolerance: float) -> bool:

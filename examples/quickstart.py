@@ -2,12 +2,11 @@
 
 Samples the weights of a one-hidden-layer net on scikit-learn's diabetes data and on its digits, eight chains at once,
 and compares the posterior predictive with a net trained to the posterior's mode. Prints test scores, convergence of
-the predictions and the temperature that the chains really had; writes quickstart.nc (open it with
-arviz.from_netcdf) and quickstart.png. Runs in under a minute on two cores.
+the predictions and the temperature that the chains really had; writes quickstart.nc (open it with arviz.from_netcdf),
+quickstart.png and quickstart.html, a report on the regression. Runs in under a minute on two cores.
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -51,25 +50,24 @@ def sample_weights(inputs, outputs, output_scale):
 
 
 def net(weights, x):
-    """The net's outputs; weights may lead with chains and draws."""
-    hidden = torch.tanh(x @ weights["weight_1"] + weights["bias_1"].unsqueeze(-2))
-    return hidden @ weights["weight_2"] + weights["bias_2"].unsqueeze(-2)
+    hidden = torch.tanh(x @ weights["weight_1"] + weights["bias_1"])
+    return hidden @ weights["weight_2"] + weights["bias_2"]
 
 
-def regression(x, y):
+def regression(x, y=None):
     """Disease progression with noise of unknown precision."""
     weights = sample_weights(x.shape[-1], 1, output_scale=1.0)
     precision = pyro.sample("precision", dist.Gamma(2.0, 1.0))
-    with pyro.plate("data", len(x), subsample_size=100) as rows:
+    with pyro.plate("data", len(x), subsample_size=min(100, len(x))) as rows:
         mean = net(weights, x[rows]).squeeze(-1)
-        pyro.sample("y", dist.Normal(mean, precision.rsqrt()), obs=y[rows])
+        pyro.sample("y", dist.Normal(mean, precision.rsqrt()), obs=None if y is None else y[rows])
 
 
-def classification(x, y):
+def classification(x, y=None):
     """Which digit an 8 x 8 image shows."""
     weights = sample_weights(x.shape[-1], 10, output_scale=5.0)
-    with pyro.plate("data", len(x), subsample_size=100) as rows:
-        pyro.sample("y", dist.Categorical(logits=net(weights, x[rows])), obs=y[rows])
+    with pyro.plate("data", len(x), subsample_size=min(100, len(x))) as rows:
+        pyro.sample("y", dist.Categorical(logits=net(weights, x[rows])), obs=None if y is None else y[rows])
 
 
 # ---- data
@@ -87,13 +85,16 @@ def split(loader, axis):
 
 
 def posterior_mode(model, x, y, steps):
-    """Weights at the mode (MAP), by Pyro's own SVI: the ordinary net that the posterior is compared with."""
+    """Weights at the mode (MAP), by Pyro's own SVI: the ordinary net that the posterior is compared with.
+
+    For prediction it is an ensemble of one.
+    """
     pyro.clear_param_store()
     guide = AutoDelta(model)
     svi = SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO())
     for _ in range(steps):
         svi.step(x, y)
-    return {name: value.detach() for name, value in guide.median().items()}
+    return [{name: value.detach() for name, value in guide.median().items()}]
 
 
 def posterior(model, kernel, x, y, draws):
@@ -105,19 +106,14 @@ def posterior(model, kernel, x, y, draws):
     return mcmc
 
 
-def log_mean(log_probs):
-    """Log of the mean over all leading dimensions but the last, averaged over the last: test log-likelihood."""
-    flat = log_probs.reshape(-1, log_probs.shape[-1])
-    return (flat.logsumexp(0) - math.log(len(flat))).mean().item()
-
-
-def describe_convergence(mcmc, predictions):
+def describe_convergence(mcmc, x_test):
     """Print R-hat and effective sample size of the predictions, and the temperatures."""
-    data = az.convert_to_dataset({"prediction": predictions.numpy()})
-    rhat, ess = (np.asarray(f(data)["prediction"]) for f in (az.rhat, az.ess))
+    predictions = bnn.function_space(mcmc, x_test)
+    rhat, ess = (np.concatenate([np.ravel(v) for v in f(predictions).data_vars.values()]) for f in (az.rhat, az.ess))
     print(f"  predictions: R-hat median {np.median(rhat):.3f}, worst {rhat.max():.3f}; ", end="")
-    print(f"ESS median {np.median(ess):.0f}, lowest {ess.min():.0f} of {predictions[..., 0].numel()} draws")
+    print(f"ESS median {np.median(ess):.0f}, lowest {ess.min():.0f}")
     print("  " + mcmc.temperature_report())
+    return predictions["posterior"]
 
 
 # ---- pictures
@@ -126,11 +122,11 @@ def describe_convergence(mcmc, predictions):
 def plot(path, regression_result, classification_result):
     """Predictions with uncertainty, traces and energies."""
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
-    mean, spread, noise, truth, traces, energy, asked = regression_result
+    mean, spread, noise, truth, traces, energy, asked, shift = regression_result
     axis = axes[0, 0]
     order = np.argsort(mean)
     place = np.arange(len(mean))
-    total = np.sqrt(spread**2 + noise**2)
+    mean, truth, total = mean + shift, truth + shift, np.sqrt(spread**2 + noise**2)
     axis.fill_between(place, (mean - 2 * total)[order], (mean + 2 * total)[order], alpha=0.2, label="± 2 sd with noise")
     axis.fill_between(
         place, (mean - 2 * spread)[order], (mean + 2 * spread)[order], alpha=0.5, label="± 2 sd of the net"
@@ -139,7 +135,7 @@ def plot(path, regression_result, classification_result):
     axis.plot(place, truth[order], "k.", markersize=4, label="observed")
     axis.set(title="Diabetes: test predictions", xlabel="patient, by prediction", ylabel="disease progression")
     axis.legend()
-    _traces(axes[0, 1], traces, "Diabetes: prediction for the first test patient", "disease progression")
+    _traces(axes[0, 1], traces + shift, "Diabetes: prediction for the first test patient", "disease progression")
     _energies(axes[0, 2], energy, f"Diabetes: energy of a minibatch (T = {asked:g})")
 
     images, probabilities, labels, traces, energy, asked = classification_result
@@ -186,29 +182,17 @@ def run_regression(options):
     mode = posterior_mode(regression, x, y, options.map_steps)
     kernel = SGHMC(regression, step_size=0.005, friction=20.0, steps_per_sample=20)
     mcmc = posterior(regression, kernel, x, y, options.draws)
-    draws = mcmc.get_samples(group_by_chain=True)
-
-    def score(weights):
-        mean = net(weights, x_test).squeeze(-1)
-        scale = weights["precision"].rsqrt().unsqueeze(-1)
-        log_likelihood = log_mean(dist.Normal(mean, scale).log_prob(y_test)) - math.log(width)
-        centre = mean.reshape(-1, len(y_test)).mean(0)
-        return mean, scale, width * (centre - y_test).square().mean().sqrt().item(), log_likelihood
-
-    *_, rmse, log_likelihood = score(mode)
-    print(f"  MAP net:   test RMSE {rmse:.2f}, log-likelihood {log_likelihood:.3f}")
-    mean, scale, rmse, log_likelihood = score(draws)
-    print(f"  posterior: test RMSE {rmse:.2f}, log-likelihood {log_likelihood:.3f}")
-    describe_convergence(mcmc, mean)
-    idata = bnn.to_arviz(mcmc)
-    flat = mean.reshape(-1, len(y_test)).numpy() * width
-    noise = width * scale.square().mean().sqrt().item()
-    stats = mcmc.sample_stats
+    for name, fitted in (("MAP net:  ", mode), ("posterior:", mcmc)):
+        scores = bnn.score(fitted, x_test, y_test, model=regression)
+        log_likelihood = -scores["nll"].value - np.log(width)
+        print(f"  {name} test RMSE {width * scores['rmse'].value:.2f}, log-likelihood {log_likelihood:.3f}")
+    draws = describe_convergence(mcmc, x_test)["y_mean"].values
+    found, stats = bnn.predict(mcmc, x_test), mcmc.sample_stats
     picture = (
-        flat.mean(0) + shift, flat.std(0), noise, y_test.numpy() * width + shift,
-        mean[..., 0].numpy() * width + shift, stats["energy"].numpy(), stats["temperature"].mean().item(),
+        *(width * part.numpy() for part in (found.mean, found.epistemic, found.aleatoric, y_test)),
+        draws[..., 0] * width, stats["energy"].numpy(), stats["temperature"].mean().item(), shift,
     )  # fmt: skip
-    return idata, picture
+    return bnn.to_arviz(mcmc, function_space=True, posterior_predictive=True), picture
 
 
 def run_classification(options):
@@ -218,23 +202,14 @@ def run_classification(options):
     mode = posterior_mode(classification, x, y, options.map_steps)
     kernel = SGHMC(classification, step_size=0.007, friction=40.0, steps_per_sample=20)
     mcmc = posterior(classification, kernel, x, y, options.draws)
-    draws = mcmc.get_samples(group_by_chain=True)
-
-    def score(weights):
-        log_probs = net(weights, x_test).log_softmax(-1)
-        probabilities = log_probs.exp().reshape(-1, len(y_test), 10).mean(0)
-        of_truth = log_probs[..., torch.arange(len(y_test)), y_test]
-        return of_truth, probabilities, (probabilities.argmax(-1) == y_test).float().mean().item(), log_mean(of_truth)
-
-    *_, accuracy, log_likelihood = score(mode)
-    print(f"  MAP net:   test accuracy {accuracy:.4f}, log-likelihood {log_likelihood:.4f}")
-    of_truth, probabilities, accuracy, log_likelihood = score(draws)
-    print(f"  posterior: test accuracy {accuracy:.4f}, log-likelihood {log_likelihood:.4f}")
-    describe_convergence(mcmc, of_truth)
-    entropy = -(probabilities * (probabilities + 1e-12).log()).sum(-1)
-    stats = mcmc.sample_stats
+    for name, fitted in (("MAP net:  ", mode), ("posterior:", mcmc)):
+        scores = bnn.score(fitted, x_test, y_test, model=classification)
+        print(f"  {name} test accuracy {scores['accuracy'].value:.4f}, log-likelihood {-scores['nll'].value:.4f}")
+    draws = describe_convergence(mcmc, x_test)["y_probability"].values
+    found, stats = bnn.predict(mcmc, x_test), mcmc.sample_stats
+    unsure = found.entropy.argmax()
     return (
-        x_test.numpy(), probabilities.numpy(), y_test.numpy(), of_truth[..., entropy.argmax()].exp().numpy(),
+        x_test.numpy(), found.probabilities.numpy(), y_test.numpy(), draws[:, :, unsure, y_test[unsure]],
         stats["energy"].numpy(), stats["temperature"].mean().item(),
     )  # fmt: skip
 
@@ -252,8 +227,11 @@ def main():
     classification_picture = run_classification(options)
     options.folder.mkdir(parents=True, exist_ok=True)
     idata.to_netcdf(options.folder / "quickstart.nc")
+    bnn.report(idata, options.folder / "quickstart.html", title="Diabetes: one hidden layer of 50 units")
     plot(options.folder / "quickstart.png", regression_picture, classification_picture)
-    print(f"\nwrote {options.folder / 'quickstart.nc'} (the regression) and {options.folder / 'quickstart.png'}")
+    print(
+        f"\nwrote quickstart.nc and quickstart.html (the regression) and quickstart.png to {options.folder.resolve()}"
+    )
 
 
 if __name__ == "__main__":

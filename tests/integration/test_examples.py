@@ -14,8 +14,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # Example -> files that it writes.
 WRITES = {
     "cold_posterior.py": ["cold_posterior.png"],
+    "digits.py": ["digits.html", "digits.nc", "digits.png"],
+    "gap_regression.py": ["gap_regression.png"],
     "multimodal.py": ["multimodal.png"],
-    "quickstart.py": ["quickstart.nc", "quickstart.png"],
+    "quickstart.py": ["quickstart.html", "quickstart.nc", "quickstart.png"],
     "uci_regression.py": [],
 }
 

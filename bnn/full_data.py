@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,11 +24,12 @@ if TYPE_CHECKING:
 
 
 def over_all_data(
-    potential: Potential, position: Tensor, traced: Callable[..., tuple[Tensor, ...]]
+    potential: Potential, position: Tensor, traced: Callable[..., tuple[Tensor, ...]], calls: int = 0
 ) -> tuple[Tensor, ...]:
     """Sums over all chunks of what ``traced`` gives for each, every one leading with the chains.
 
     :param traced: :func:`traced_chunk` or :func:`traced_chunk_and_grad`.
+    :param calls: how often this will be asked for, as far as is known: decides whether compiling pays.
     :raises NotImplementedError: with ``batches=`` if the model has not one subsampled plate, so that one batch's
         share of the data is not known.
     :raises ValueError: if a pass through ``batches`` has another number of rows than the plate.
@@ -35,59 +38,92 @@ def over_all_data(
     checks.batches_have_one_plate(potential.plates, potential.batches)
     position = position.detach().to(potential.dtype).contiguous()
     totals: tuple[Tensor, ...] = ()
-    for inputs in chunks(potential.plates.values(), potential.batches, potential.dtype, potential.device):
+    if potential.batches is None:
+        given: Iterable[list[Tensor]] = potential.chunks
+    else:
+        given = chunks_of_batches(potential.plates.values(), potential.batches, potential.dtype, potential.device)
+    for inputs in given:
         tensors = [position, *inputs]
         program = potential.kept_program(
             (traced.__name__, *(tuple(t.shape) for t in tensors)),
             partial(traced, potential),
             tensors,
             [True, *[False] * len(inputs)],
+            calls * minibatches_in_all(potential.plates.values()),
         )
         parts = program(*tensors)
         totals = tuple(a + b for a, b in zip(totals, parts, strict=True)) if totals else parts
     return totals
 
 
-def chunks(
-    plates: Collection[Plate], batches: Iterable[Any] | None, dtype: torch.dtype, device: torch.device
-) -> Iterator[list[Tensor]]:
-    """Inputs of :func:`traced_chunk` that together cover all data once.
+class Chunks:
+    """Inputs of :func:`traced_chunk` that together cover all rows of some plates once: their product.
 
-    Each chunk holds, in this order: for each plate a flag that is one in the plate's first chunk; for each plate a
-    weight per row, zero for rows that only fill up the last chunk; the plates' rows, or the tensors of a batch.
+    Each holds, in this order: for each plate a flag that is one in the plate's first chunk; for each plate a weight per
+    row, zero for rows that only fill up the last chunk; the plates' rows.
 
-    :raises ValueError: if a pass through ``batches`` has another number of rows than the plate.
+    >>> [[values.tolist() for values in chunk] for chunk in Chunks([Plate("data", 3, 2)])]
+    [[1.0, [1.0, 1.0], [0, 1]], [0.0, [1.0, 0.0], [2, 2]]]
     """
-    one = torch.ones((), dtype=dtype, device=device)
-    if batches is not None:
-        rows_seen = 0
-        for number, item in enumerate(_with_last_batch(batches)):
-            args, kwargs = arguments_of(item)
-            size = leading_size(args, kwargs)
-            rows_seen += size
-            if plates and rows_seen > max(plate.size for plate in plates):  # an endless loader, for instance
-                break
-            weights = torch.ones(size, dtype=dtype, device=device)
-            yield [
-                *[one * (number == 0)] * len(plates),
-                *[weights] * len(plates),
-                *TensorLeaves.tensors((args, kwargs)),
-            ]
-        for plate in plates:
-            if plate.size != rows_seen:
-                raise ValueError(
-                    f"a pass through batches= gave {rows_seen} rows, but plate {plate.name!r} has {plate.size}: the "
-                    "energy of all data needs each row once."
-                )
-        return
-    for corner in itertools.product(*(range(0, plate.size, plate.batch_size) for plate in plates)):
-        first, row_weights, rows = [], [], []
-        for start, plate in zip(corner, plates, strict=True):
-            index = torch.arange(start, start + plate.batch_size, device=device)
-            first.append(one * (start == 0))
-            row_weights.append((index < plate.size).to(dtype))
-            rows.append(index.clamp(max=plate.size - 1))
-        yield [*first, *row_weights, *rows]
+
+    def __init__(
+        self, plates: Iterable[Plate], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        self.plates, self.dtype, self.device = tuple(plates), dtype, device
+
+    @functools.cached_property
+    def _pieces(self) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+        """Flag, weights and rows of each plate's chunks; made at the first use, and kept."""
+        pieces = []
+        for plate in self.plates:
+            rows = torch.arange(-(-plate.size // plate.batch_size) * plate.batch_size, device=self.device)
+            weights = (rows < plate.size).to(self.dtype).split(plate.batch_size)
+            rows = rows.clamp(max=plate.size - 1)
+            first = torch.tensor([1.0] + [0.0] * (len(weights) - 1), dtype=self.dtype, device=self.device)
+            pieces.append(list(zip(first, weights, rows.split(plate.batch_size), strict=True)))
+        return pieces
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        """One chunk after another."""
+        for corner in itertools.product(*self._pieces):
+            yield [part for parts in zip(*corner, strict=True) for part in parts]
+
+
+def minibatches_in_all(plates: Iterable[Plate]) -> int:
+    """Minibatch gradients that a pass over all data costs.
+
+    >>> minibatches_in_all([Plate("data", 10, 4)])
+    3
+    """
+    return math.prod(math.ceil(plate.size / plate.batch_size) for plate in plates)
+
+
+def chunks_of_batches(
+    plates: Collection[Plate], batches: Iterable[Any], dtype: torch.dtype, device: torch.device
+) -> Iterator[list[Tensor]]:
+    """The same for one pass through ``batches``: each chunk ends in the tensors of a batch.
+
+    :raises ValueError: if the pass has another number of rows than the plate.
+    """
+    one, rows_seen = torch.ones((), dtype=dtype, device=device), 0
+    for number, item in enumerate(_with_last_batch(batches)):
+        args, kwargs = arguments_of(item)
+        size = leading_size(args, kwargs)
+        rows_seen += size
+        if plates and rows_seen > max(plate.size for plate in plates):  # an endless loader, for instance
+            break
+        weights = torch.ones(size, dtype=dtype, device=device)
+        yield [
+            *[one * (number == 0)] * len(plates),
+            *[weights] * len(plates),
+            *TensorLeaves.tensors((args, kwargs)),
+        ]
+    for plate in plates:
+        if plate.size != rows_seen:
+            raise ValueError(
+                f"a pass through batches= gave {rows_seen} rows, but plate {plate.name!r} has {plate.size}: the "
+                "energy of all data needs each row once."
+            )
 
 
 def traced_chunk(potential: Potential, position: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -144,4 +180,10 @@ def _with_last_batch(batches: Iterable[Any]) -> Iterable[Any]:
     """The same data with the last, smaller batch that a loader may leave out."""
     if not (isinstance(batches, DataLoader) and batches.drop_last):
         return batches
-    return DataLoader(batches.dataset, batches.batch_size, sampler=batches.sampler, collate_fn=batches.collate_fn)
+    return DataLoader(
+        batches.dataset,
+        batches.batch_size,
+        sampler=batches.sampler,
+        collate_fn=batches.collate_fn,
+        generator=batches.generator,
+    )

@@ -106,9 +106,7 @@ class LogJoint:
         values, log_det = self.values(position)
         terms = _Terms(values, rows, skip=self.merged)
         self._run(terms, args, kwargs)
-        total = log_det
-        for place, loc, scale in _normal_runs(s for s in self.structure.sites.values() if s.name in self.merged):
-            total = total + _normal_log_prob(position, self.structure.dim, place, loc, scale)
+        total = log_det + self._merged_log_prob(position)
         for term in terms.terms:
             scaled = scale_and_mask(term.log_prob, term.scale, term.mask)
             weighted = scaled.sum() if isinstance(scaled, Tensor) and scaled.dim() else scaled
@@ -133,10 +131,11 @@ class LogJoint:
         all data.
         """
         values, log_det = self.values(position)
-        terms = _Terms(values, rows)
+        terms = _Terms(values, rows, skip=self.merged)
         self._run(terms, args, kwargs)
-        outside = math.prod((first[name] for name in first), start=torch.ones((), dtype=position.dtype))
-        total = log_det * outside
+        total = log_det + self._merged_log_prob(position)
+        for flag in first.values():
+            total = total * flag
         for term in terms.terms:
             log_prob = scale_and_mask(term.log_prob, term.unsubsampled_scale, term.mask)
             log_prob = log_prob if isinstance(log_prob, Tensor) else torch.as_tensor(log_prob, dtype=position.dtype)
@@ -147,6 +146,13 @@ class LogJoint:
                     log_prob = log_prob * flag
             total = total + log_prob.sum()
         return torch.as_tensor(total)
+
+    def _merged_log_prob(self, position: Tensor) -> Tensor | float:
+        """The sum of the merged priors."""
+        total: Tensor | float = 0.0
+        for place, loc, scale in _normal_runs(s for s in self.structure.sites.values() if s.name in self.merged):
+            total = total + _normal_log_prob(position, self.structure.dim, place, loc, scale)
+        return total
 
     def _run(self, terms: _Terms, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # With validation, poutine.scale reads its scale, which may depend on the rows.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnn import checks
-from bnn.full_data import mean_rows, over_all_data, traced_chunk, traced_chunk_and_grad
+from bnn.full_data import Chunks, mean_rows, over_all_data, traced_chunk, traced_chunk_and_grad
 from bnn.handlers_check import cause_of, disagreement, handlers_energy_and_grad
 from bnn.initialization import Strategy, find_starts, strategy_of
 from bnn.log_joint import LogJoint, quiet_handlers
@@ -84,6 +84,7 @@ class Potential:
         self._fixed_rows = {p.name: torch.arange(p.batch_size, device=self.device) for p in self.plates.values()}
         self._batch_rows = checks.leading_size(self.args, self.kwargs) if batches is not None else 0
         self._mean_rows = None if batches is None or len(self.plates) != 1 else mean_rows(batches)
+        self.chunks = Chunks(self.plates.values(), self.dtype, self.device)
         self._programs: dict[Any, Program] = {}
         self._streams: dict[int, Stream] = {}
         self._vectorizes: bool | None = None
@@ -149,23 +150,24 @@ class Potential:
         if 1 not in self._streams:
             self._streams[1] = self.stream(1)
         results = [self._gradient([z.unsqueeze(0), *self._streams[1].next(1)[0]], "fx") for z in position]
-        energies, grads = zip(*results, strict=True)
-        return torch.cat(energies), torch.cat(grads)
+        energies, grads = map(torch.cat, zip(*results, strict=True))
+        return energies, grads
 
-    def full_energy(self, position: Tensor) -> Tensor:
+    def full_energy(self, position: Tensor, calls: int = 0) -> Tensor:
         """Energy over all data, ``(chains,)``, minibatch by minibatch so that memory stays bounded.
 
-        :raises NotImplementedError: with ``batches=`` if the model has not one subsampled plate, so that one batch's
-            share of the data is not known.
+        :param calls: how often it will be asked for, as far as is known: decides whether compiling pays.
+        :raises NotImplementedError: with ``batches=`` unless one subsampled plate says what share of the data each has.
         """
-        return over_all_data(self, position, traced_chunk)[0]
+        return over_all_data(self, position, traced_chunk, calls)[0]
 
-    def full_energy_and_grad(self, position: Tensor) -> tuple[Tensor, Tensor]:
+    def full_energy_and_grad(self, position: Tensor, calls: int = 0) -> tuple[Tensor, Tensor]:
         """Energy ``(chains,)`` and gradient ``(chains, dim)`` over all data, minibatch by minibatch.
 
+        :param calls: as of :meth:`full_energy`.
         :raises NotImplementedError: as :meth:`full_energy`.
         """
-        energy, grad = over_all_data(self, position, traced_chunk_and_grad)
+        energy, grad = over_all_data(self, position, traced_chunk_and_grad, calls)
         return energy, grad
 
     def stream(self, num_chains: int) -> Stream:

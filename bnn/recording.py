@@ -79,6 +79,11 @@ _BINDINGS: dict[Any, Callable[..., Any]] = {
     aten.split_with_sizes.default: torch.split_with_sizes,
     aten.convolution.default: torch.convolution,
     aten.where.self: torch.where,
+    aten.lt.Tensor: torch.lt,
+    aten.ge.Tensor: torch.ge,
+    aten.clamp_max.default: torch.clamp_max,
+    aten.nan_to_num.default: torch.nan_to_num,
+    aten.mv.default: torch.mv,
     aten.index_select.default: torch.index_select,
 }
 

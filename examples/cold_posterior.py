@@ -21,7 +21,8 @@ With β = αT norm adjustment leaves the law alone: 1.06 to 1.08 ηd for α from
 is slow: at α = 10 the positions have come to 0.97 of their temperature.
 
 With the published α = 3, β = 0.001 the norm stays at 0.24 ηd because the positions are at T = 0.076, not at 1: the
-closed form says 0.078. β far below αT is a cold posterior, and plain SGHMC at T = 0.078 shows the same norm.
+law of the steps under the prior alone says 0.075. β far below αT is a cold posterior, and plain SGHMC at T = 0.075
+shows the same norm.
 """
 
 import argparse

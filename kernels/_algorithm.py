@@ -28,6 +28,8 @@ class Algorithm(Protocol):
     temperature: float | Schedule
     noises_per_step: int
     evaluates_at_draws: bool
+    observes_energy: bool
+    needs_all_data: bool
     balances_norms: bool
     variance_reduction: VarianceReduction | None
 
@@ -50,6 +52,9 @@ class Algorithm(Protocol):
 
     def steps_to_draw(self, step: int) -> int:
         """Steps to the next draw."""
+
+    def steps_at_once(self, step: int) -> int:
+        """Steps that nothing comes between."""
 
     def extra_stats(self, state: Any) -> dict[str, Tensor]:
         """Statistics of its own."""

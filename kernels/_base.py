@@ -14,6 +14,7 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from bnn.full_data import minibatches_in_all
 from bnn.initialization import Strategy, strategy_of
 from bnn.kernels._algorithm import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number, spread
@@ -51,6 +52,8 @@ class StochasticGradientKernel(MCMCKernel):
     balances_norms = False  # whether the rates at which norms change are known: bnn/norm_identities.py
     caveat = ""  # what a reader of the draws must know, for summary() and ArviZ
     evaluates_at_draws = True  # whether the last gradient of a step is met at a place with the law of the draws
+    observes_energy = False  # whether the last step to a draw gives its energy alone, and ``take`` the statistics
+    needs_all_data = False  # whether gradients are of all data, summed over minibatches if the model has these
     metric: Preconditioner | None = None  # how the metric is learnt in warm-up, if it is
 
     def __init__(
@@ -174,6 +177,10 @@ class StochasticGradientKernel(MCMCKernel):
         del step
         return self.steps_per_sample
 
+    def steps_at_once(self, step: int) -> int:
+        """Steps from ``step`` that nothing comes between: those to the next draw, unless ``take`` does otherwise."""
+        return self.steps_to_draw(step)
+
     def momentum_of(self, state: Any, coefficients: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         """Momentum and inverse mass, None for an algorithm without."""
         del state, coefficients
@@ -235,16 +242,18 @@ class StochasticGradientKernel(MCMCKernel):
             self._warmup = Warmup(warmup_steps, self.step_rule() if self.adapts_step_size else None, learner)
         run.constant = self.is_constant()
         run.numbers_at(0)
+        draws = self.num_samples if self.num_samples is not None else warmup_steps
+        run.planned_steps = self.planned_steps(warmup_steps + draws)
         inputs = run.place(position)
         if run.anchoring is not None:
             self.gradients_per_step = type(self).gradients_per_step * run.anchoring.gradients_per_step
-        draws = self.num_samples if self.num_samples is not None else warmup_steps
+        elif run.in_chunks:
+            self.gradients_per_step = minibatches_in_all(potential.plates.values())
         self.check_plan(None if self.num_samples is None else warmup_steps + draws)
         if warmup_steps:
             self.check_warmup(warmup_steps)
         if self._warmup is not None:
             self._warmup.start(run)
-        run.planned_steps = self.planned_steps(warmup_steps + draws)
         run.prepare(inputs)
 
     def sample(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from bnn.kernels._coordinates import Number
+from bnn.kernels._gradient_noise import Array, GradientNoise, Steepest, pair
+from bnn.kernels._metric import Scaling
 from bnn.kernels._run import Run
 from bnn.kernels._warmup import StepRule
 from bnn.kernels.schedules import Schedule
@@ -42,9 +44,6 @@ REMEMBERED, LEAST_FACTOR = 10, 0.25
 
 # How many times T the gradients' or momenta's temperature may be before the chains count as still falling.
 HOT = 10.0
-
-# Length of the differences, in standard deviations along the steepest direction.
-DIFFERENCE = 0.1
 
 # The largest hC/2M of symplectic_euler.
 LARGEST_DAMPING = 0.1
@@ -126,9 +125,9 @@ class ExpectedBias(StepRule):
 
     def _forget(self) -> None:
         self._curvatures: deque[float] = deque(maxlen=REMEMBERED)
-        self._noises: deque[Tensor] = deque(maxlen=REMEMBERED)
+        self._noises: deque[Array] = deque(maxlen=REMEMBERED)
         self._heat: list[tuple[float, float]] = []
-        self._direction: Tensor | None = None
+        self._steepest: Steepest | None = None
 
     def start(self, run: Run, metric_is_unknown: bool) -> None:
         """Look at where the chains start, and take the steepest direction for unit in a metric still to be learnt.
@@ -173,7 +172,7 @@ class ExpectedBias(StepRule):
 
     def _means(self) -> tuple[float, float]:
         """Curvature and noise over the measurements that are remembered."""
-        noise = float(torch.stack(list(self._noises)).mean(0).max()) if self._noises else 0.0
+        noise = float(np.mean(self._noises, axis=0).max()) if self._noises else 0.0
         return float(np.mean(self._curvatures)), noise
 
     def _correct(self) -> None:
@@ -192,60 +191,33 @@ class ExpectedBias(StepRule):
     def _probe(self, run: Run, iterations: int) -> None:
         moving = ~run.stopped
         weight = torch.as_tensor(np.sqrt(self.model.curvature_weight)).to(run.position)
-        curvature = self._curvature(run, iterations, weight)[moving]
+        if self._steepest is None:
+            self._steepest = Steepest(run, Scaling(weight), self.model.temperature)
+        curvature = [self._steepest.iterate(run)[0] for _ in range(iterations)][-1][moving].abs().clamp_min(1e-12)
         if not len(curvature) or not torch.isfinite(curvature).all():
             return
-        self._curvatures.append(float(curvature.mean()))
-        pairs = [self._pair(run, weight, moving) for _ in range(PAIRS if run.is_noisy else 1)]
+        pairs = [[grad * weight for grad in pair(run)] for _ in range(PAIRS if run.is_noisy else 1)]
         random = torch.nn.functional.normalize(torch.randn_like(run.position), dim=-1)
-        trace = float((random * self._times_curvature(run, random, weight)).sum(-1)[moving].abs().mean())
+        trace = float((random * self._steepest.times(run, random)).sum(-1)[moving].abs().mean())
         products = torch.cat([(first * second).sum(-1) for first, second in pairs])
+        if not torch.isfinite(products).all():
+            return
+        self._curvatures.append(float(curvature.mean()))
         spread = 2.0 * products.std() / math.sqrt(len(products)) if run.is_noisy else 0.0  # no more than is sure
         hotter = float(products.mean() - spread) / max(trace * random.shape[-1] * self.model.temperature, 1e-30)
-        noise = 0.0
         if run.is_noisy:
-            self._noises.append(self._gradient_noise(pairs, weight, moving))
-            noise = float(self._noises[-1].max())
+            self._noises.append(self._gradient_noise(pairs, weight, self._steepest.direction[moving]))
+        noise = float(self._noises[-1].max()) if self._noises else 0.0
         hotter = max([1.0, hotter, *(1.0 + heat for heat, _ in self._heat[-1:])])
         self.is_hot = hotter > HOT
         self.step_size = self.model.step_size(self.tolerance, float(np.mean(self._curvatures)), noise / hotter)
 
-    def _curvature(self, run: Run, iterations: int, weight: Tensor) -> Tensor:
-        """The largest curvature ``(chains,)``, in weighted coordinates, by power iteration on fresh minibatches."""
-        if self._direction is None:
-            self._direction = torch.nn.functional.normalize(torch.randn_like(run.position), dim=-1)
-            self._length = torch.full_like(run.position[:, :1], 1e-3)
-        value = run.position.new_ones(len(run.position))
-        for _ in range(iterations):
-            product = self._times_curvature(run, self._direction, weight)
-            value = (product * self._direction).sum(-1)
-            size = torch.linalg.vector_norm(product, dim=-1, keepdim=True)
-            self._direction = torch.where(size > 0, product / size.clamp_min(1e-30), self._direction)
-            deviation = (self.model.temperature / size.clamp_min(1e-12)).sqrt()
-            self._length = DIFFERENCE * deviation.clamp(max=1e3)
-        return value.abs().clamp_min(1e-12)
-
-    def _times_curvature(self, run: Run, direction: Tensor, weight: Tensor) -> Tensor:
-        """Second derivative times ``direction``, by the difference of two gradients of one minibatch."""
-        (inputs,) = run.stream.next(1)
-        move = run.metric.forward(direction * weight, run.metric.tensors) * self._length
-        change = run.gradient(run.position + move, inputs) - run.gradient(run.position - move, inputs)
-        return run.metric.pull_back(change, run.metric.tensors) * weight / (2.0 * self._length)
-
-    @staticmethod
-    def _pair(run: Run, weight: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of two minibatches where the chains stand, in weighted coordinates."""
-        first, second = (run.metric.pull_back(run.gradient(), run.metric.tensors)[moving] * weight for _ in range(2))
-        return first, second
-
-    def _gradient_noise(self, pairs: Sequence[tuple[Tensor, Tensor]], weight: Tensor, moving: Tensor) -> Tensor:
+    def _gradient_noise(self, pairs: Sequence[Sequence[Tensor]], weight: Tensor, direction: Tensor) -> Array:
         """Variances of minibatch gradients, weighted: those of the coordinates and, last, of the steepest direction."""
-        assert self._direction is not None
         scale = torch.as_tensor(np.sqrt(self.model.noise_weight)).to(weight) / weight
-        along = torch.nn.functional.normalize(self._direction[moving] / scale, dim=-1)
-        squares = []
-        for first, second in pairs:
-            difference = (first - second) * scale
-            towards = (difference * along).sum(-1, keepdim=True)
-            squares.append(0.5 * torch.cat([difference.square(), towards.square()], -1).mean(0))
-        return torch.stack(squares).mean(0)
+        along = torch.nn.functional.normalize(direction / scale, dim=-1)
+        noise = GradientNoise()
+        for one in pairs:
+            first, second = (torch.cat([g, (g * along).sum(-1, keepdim=True)], -1) for g in (g * scale for g in one))
+            noise.add(first, second)
+        return noise.covariance

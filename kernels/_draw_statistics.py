@@ -95,25 +95,23 @@ class DrawStatistics:
             pairs["configurational_temperature"] = position, grad
         if self.kernel.balances_norms:  # with the momentum of the place where the gradient was met
             pairs["momentum_gradient"] = (before if position is before[0] else state).momentum, grad
-        means = self._sums([pairs[kind] for kind in self.kinds]) * self.scale
-        extra = [value.unsqueeze(-1) for value in self.kernel.extra_stats(state).values()]
-        return torch.cat([energy.unsqueeze(-1), means, *extra], -1)
+        means = self._sums(pairs) * self.scale
+        return torch.cat([energy.unsqueeze(-1), means, *self._extra(state)], -1)
 
     def with_state(self, row: Tensor, state: Any, z: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
         """``row`` with what is said of a state said anew, of another one."""
-        columns = dict(zip(self.names, row.unbind(-1), strict=True))
-        start = 1
-        for kind, places in zip(self.kinds, self.places_of, strict=True):
-            pair, end = self._of_state(state, z, coefficients).get(kind), start + len(places)
-            if pair is not None:
-                sums = torch.stack([(pair[0] * pair[1])[:, place].sum(-1) for place in places], -1)
-                values = (sums * self.scale[start - 1 : end - 1]).unbind(-1)
-                columns.update(zip(self.names[start:end], values, strict=True))
-            start = end
-        if hasattr(state, "energy"):
-            columns["energy"] = state.energy.squeeze(-1)
-        columns.update(self.kernel.extra_stats(state))
-        return torch.stack(list(columns.values()), -1)
+        pairs = self._of_state(state, z, coefficients)
+        counts = [len(places) for places in self.places_of]
+        old, scale = row[:, 1 : len(self.scale) + 1].split(counts, -1), self.scale.split(counts)
+        known = [kind in pairs for kind in self.kinds]
+        scales = torch.cat([part for part, flag in zip(scale, known, strict=True) if flag])
+        new = iter((self._sums(pairs) * scales).split([n for n, flag in zip(counts, known, strict=True) if flag], -1))
+        means = [next(new) if flag else part for part, flag in zip(old, known, strict=True)]
+        energy = state.energy if hasattr(state, "energy") else row[:, :1]
+        return torch.cat([energy, *means, *self._extra(state)], -1)
+
+    def _extra(self, state: Any) -> list[Tensor]:
+        return [value.unsqueeze(-1) for value in self.kernel.extra_stats(state).values()]
 
     def arrays(self, table: Tensor) -> dict[str, Tensor]:
         """Name -> ``(chains, draws)``, and of statistics per site ``(chains, draws, sites)``.
@@ -143,13 +141,16 @@ class DrawStatistics:
             pairs["position_momentum"] = state[0], momentum
         return pairs
 
-    def _sums(self, pairs: Sequence[Pair]) -> Tensor:
-        """Inner products over the places of each kind, ``(chains, all of them)``."""
+    def _sums(self, pairs: Mapping[str, Pair]) -> Tensor:
+        """Inner products over the places of each kind in ``pairs``, ``(chains, all of them)``."""
+        known = [
+            (pairs[kind], places) for kind, places in zip(self.kinds, self.places_of, strict=True) if kind in pairs
+        ]
         if self.at_once:
-            left, right = (torch.stack(list(side), 1) for side in zip(*pairs, strict=True))
+            left, right = (torch.stack(list(side), 1) for side in zip(*(pair for pair, _ in known), strict=True))
             return ((left * right) @ self.members).flatten(1)
         sums: list[Tensor] = []
-        for (left, right), places in zip(pairs, self.places_of, strict=True):
+        for (left, right), places in known:
             if left is right:  # without their product in memory
                 sums += [torch.linalg.vector_norm(left[:, place], dim=-1).square() for place in places]
             else:

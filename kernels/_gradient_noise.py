@@ -1,4 +1,4 @@
-"""What warm-up measures of minibatch gradients: the covariance V of their noise, and how long a step stays stable."""
+"""What warm-up measures of minibatch gradients where the chains stand: their noise, and the steepest curvature."""
 
 from __future__ import annotations
 
@@ -8,82 +8,111 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnn.potential import Potential
+from bnn.kernels._metric import Metric
+from bnn.kernels._run import Run
 
-# Iterations of the power method, those at its end that count, and the chains that it looks at.
+# Length of the differences that curvature is measured by, in standard deviations along their direction.
+DIFFERENCE = 0.1
+
+# Iterations for a longest step, those at their end that count, and the chains that are looked at.
 ITERATIONS, COUNTED, CHAINS = 40, 20, 8
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
+def pair(run: Run) -> tuple[Tensor, Tensor]:
+    """Gradients of two independent minibatches where the chains that still move stand, in their coordinates."""
+    moving = ~run.stopped
+    first, second = (run.metric.pull_back(run.gradient(), run.metric.tensors)[moving] for _ in range(2))
+    return first, second
+
+
 class GradientNoise:
-    """V, from pairs of independent minibatch gradients at one place: ½ E[(g − g')(g − g')ᵀ].
+    """V, the covariance of a minibatch gradient, from pairs of them at one place: ½ E[(g − g')(g − g')ᵀ].
 
     :param dense: whether V is a matrix, in place of its diagonal.
     :ivar pairs: how many have been seen.
     """
 
-    def __init__(self, dense: bool) -> None:
+    def __init__(self, dense: bool = False) -> None:
         self.dense, self.pairs = dense, 0
         self._total: Tensor | None = None
 
-    def add(self, potential: Potential, position: Tensor) -> None:
-        """One pair for each chain, where it stands."""
-        first, second = (potential.energy_and_grad(position)[1] for _ in range(2))
+    def add(self, first: Tensor, second: Tensor) -> None:
+        """Gradients ``(pairs, dim)``, and others at the same places."""
         difference = (first - second).double()
         share = 0.5 * (difference.T @ difference if self.dense else difference.square().sum(0))
         if torch.isfinite(share).all():  # a chain that leaves the finite numbers is stopped elsewhere
             self._total = share if self._total is None else self._total + share
-            self.pairs += len(position)
+            self.pairs += len(difference)
 
     @property
     def covariance(self) -> Array:
-        """V as ``(dim, dim)``, or its diagonal ``(dim,)``; with :attr:`pairs` degrees of freedom."""
+        """V as ``(dim, dim)``, or its diagonal ``(dim,)``; with :attr:`pairs` degrees of freedom.
+
+        :raises ValueError: before the first pair of finite gradients.
+        """
         if self._total is None:
             raise ValueError("the minibatch gradients are not finite where the chains start: give other starts.")
         result: Array = (self._total / self.pairs).cpu().numpy()
         return result
 
+    def inverse(self) -> Array | None:
+        """V⁻¹, unbiased for Gaussian noise, as a matrix or a diagonal; None for a V that is singular or hardly known.
 
-def inverse_covariance(noise: GradientNoise) -> Array | None:
-    """V⁻¹, unbiased for Gaussian noise, as a matrix or a diagonal; None for a V that is singular or hardly known.
+        Of n degrees of freedom and size d the estimate of V⁻¹ is n / (n − d − 1) times too large; a diagonal has d = 1.
+        """
+        covariance, freedom = self.covariance, self.pairs
+        size = len(covariance) if self.dense else 1
+        spectrum = np.linalg.eigvalsh(covariance) if self.dense else covariance
+        if freedom < 2 * size + 2 or not spectrum.min() > 1e-12 * spectrum.max():
+            return None
+        inverse: Array = np.asarray(np.linalg.inv(covariance) if self.dense else 1.0 / covariance, dtype=np.float64)
+        return inverse * ((freedom - size - 1) / freedom)
 
-    Of n degrees of freedom and size d the estimate of V⁻¹ is n / (n − d − 1) times too large; a diagonal has d = 1.
+
+class Steepest:
+    """The direction in which each chain's potential bends most, by power iteration on fresh minibatches.
+
+    :param run: whose chains.
+    :param root: L; what is iterated is Lᵀ Ĥ L, with Ĥ the curvature of a minibatch in the chains' coordinates.
+    :param temperature: T, for the length of the differences.
+    :param chains: how many of the chains are looked at; None for all.
+    :ivar direction: unit vectors ``(chains, dim)``.
     """
-    covariance, freedom = noise.covariance, noise.pairs
-    size = len(covariance) if noise.dense else 1
-    spectrum = np.linalg.eigvalsh(covariance) if noise.dense else covariance
-    if freedom < 2 * size + 2 or not spectrum.min() > 1e-12 * spectrum.max():
-        return None
-    inverse: Array = np.asarray(np.linalg.inv(covariance) if noise.dense else 1.0 / covariance, dtype=np.float64)
-    return inverse * ((freedom - size - 1) / freedom)
+
+    def __init__(self, run: Run, root: Metric, temperature: float, chains: int | None = None) -> None:
+        self.root, self.temperature, self._few = root, temperature, slice(chains)
+        position = run.position[self._few]
+        self.direction = torch.nn.functional.normalize(torch.randn_like(position), dim=-1)
+        self._length = torch.full_like(position[:, :1], 1e-3)
+
+    def times(self, run: Run, direction: Tensor) -> Tensor:
+        """Lᵀ Ĥ L ``direction``, by the difference of two gradients of one minibatch."""
+        inputs = [tensor[self._few] for tensor in run.stream.next(1)[0]]
+        position, metric = run.position[self._few], run.metric
+        move = metric.forward(self.root.forward(direction, self.root.tensors), metric.tensors) * self._length
+        change = run.gradient(position + move, inputs) - run.gradient(position - move, inputs)
+        change = metric.pull_back(change, metric.tensors)
+        return self.root.pull_back(change, self.root.tensors) / (2.0 * self._length)
+
+    def iterate(self, run: Run) -> tuple[Tensor, Tensor]:
+        """One iteration from the direction v: vᵀ Lᵀ Ĥ L v, and the square of the length of Lᵀ Ĥ L v, ``(chains,)``."""
+        product = self.times(run, self.direction)
+        along, size = (product * self.direction).sum(-1), torch.linalg.vector_norm(product, dim=-1, keepdim=True)
+        self.direction = torch.where(size > 0, product / size.clamp_min(1e-30), self.direction)
+        self._length = DIFFERENCE * (self.temperature / size.clamp_min(1e-12)).sqrt().clamp(max=1e3)
+        return along, size[:, 0].square()
 
 
-def longest_step(potential: Potential, position: Tensor, preconditioner: Array | np.float64 | float) -> float:
-    """Half the largest h at which z ← z − h P ∇Û(z) still is stable in mean square about ``position``.
+def longest_step(run: Run, root: Metric, temperature: float) -> float:
+    """Half the largest h at which z ← z − h L Lᵀ ∇Û(z) still is stable in mean square about where the chains stand.
 
-    Along the steepest direction v that is h < 2 E[vᵀPĤv] / E[|PĤv|²], Ĥ the curvature of a minibatch, found by the
-    power method on differences of gradients of one minibatch: 2/λ where all minibatches have the same curvature.
-
-    :param preconditioner: P, a number, its diagonal, or a matrix.
+    Along the steepest direction v of Lᵀ Ĥ L that is h < 2 E[vᵀ Lᵀ Ĥ L v] / E|Lᵀ Ĥ L v|²: 2/λ where all minibatches have
+    the same curvature.
     """
-    position = position[:CHAINS]
-    matrix = torch.as_tensor(preconditioner).to(position)
-    scale = float(position.abs().max().clamp_min(1.0)) * torch.finfo(position.dtype).eps ** (1 / 3)
-    stream = potential.stream(len(position))
-    direction = torch.randn_like(position)
-    along, squared = [], []
-    for _ in range(ITERATIONS):
-        direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-        (inputs,) = stream.next(1)
-        ahead, behind = (
-            potential.traced_energy_and_grad(position + sign * scale * direction, inputs)[1] for sign in (1, -1)
-        )
-        bend = (ahead - behind) / (2.0 * scale)
-        bend = bend @ matrix if matrix.dim() == 2 else bend * matrix
-        along.append((direction * bend).sum(-1))
-        squared.append(bend.square().sum(-1))
-        direction = bend
-    slope, size = (torch.stack(values[-COUNTED:]).double().mean(0) for values in (along, squared))
-    limit = float((slope.abs() / size).min())
+    steepest = Steepest(run, root, temperature, CHAINS)
+    found = [steepest.iterate(run) for _ in range(ITERATIONS)][-COUNTED:]
+    along, squared = (torch.stack(values).double().mean(0) for values in zip(*found, strict=True))
+    limit = float((along.abs() / squared).min())
     return limit if np.isfinite(limit) and limit > 0 else float("inf")

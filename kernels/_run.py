@@ -17,6 +17,7 @@ from bnn.kernels._metric import Identity, Metric
 from bnn.kernels._norm_rates import norm_rates
 from bnn.kernels.schedules import Schedule, value_at
 from bnn.kernels.variance_reduction import Anchor, Anchoring, reduced
+from bnn.minibatch import Stream
 from bnn.potential import Potential
 from bnn.tiers import Program
 
@@ -40,7 +41,9 @@ class Run:
     def __init__(self, kernel: Algorithm, potential: Potential, chains: int, warmup_steps: int) -> None:
         self.kernel = kernel
         self.potential, self.chains, self.warmup_steps = potential, chains, warmup_steps
-        self.stream = potential.stream(chains)
+        # Gradients of all data as sums over the model's minibatches; one that takes all data at once has none to sum.
+        self.in_chunks = kernel.needs_all_data and (bool(potential.plates) or potential.batches is not None)
+        self.stream = Stream([], None, chains) if self.in_chunks else potential.stream(chains)
         self.metric: Metric = Identity()
         reduction = kernel.variance_reduction
         self.anchoring = None if reduction is None else Anchoring(reduction, potential)
@@ -77,7 +80,7 @@ class Run:
         (inputs,) = self.stream.next(1)
         tensors = self.metric.tensors
         if self.anchoring is not None:
-            self.anchoring.start(position, self.step, lambda z: self.potential.traced_energy_and_grad(z, inputs))
+            self.anchoring.start(position, self.step, lambda z: self._evaluate(z, inputs))
         self.state = self.kernel.init(
             self.metric.inverse(position), lambda u: self._energy_and_grad(u, inputs, tensors, self._anchor)
         )
@@ -96,6 +99,8 @@ class Run:
         inputs = self.stream.next(1)[0] if inputs is None else inputs
 
         def evaluate(z: Tensor) -> tuple[Tensor, Tensor]:
+            if self.in_chunks:
+                return self._evaluate(z, inputs)
             return z.new_zeros(len(z)), self.potential.gradient_on(z, inputs)
 
         return self._reduced(evaluate, self._anchor)(self.position if position is None else position)[1]
@@ -107,15 +112,20 @@ class Run:
 
     def full_energy(self, u: Tensor) -> Tensor:
         """Energy of all data at a position of the chains' coordinates, ``(chains,)``."""
-        return self.potential.full_energy(self.metric.forward(u, self.metric.tensors))
+        calls = self.planned_steps // self.kernel.steps_at_once(0)
+        return self.potential.full_energy(self.metric.forward(u, self.metric.tensors), calls)
+
+    def _evaluate(self, position: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Û and ∇Û in the model's coordinates, on given minibatches; or U and ∇U."""
+        if self.in_chunks:
+            return self.potential.full_energy_and_grad(position, self.planned_steps)
+        return self.potential.traced_energy_and_grad(position, inputs)
 
     def _energy_and_grad(
         self, u: Tensor, inputs: Sequence[Tensor], tensors: Sequence[Tensor], anchor: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Tensor]:
-        def evaluate(position: Tensor) -> tuple[Tensor, Tensor]:
-            return self.potential.traced_energy_and_grad(position, inputs)
-
-        energy, grad = self._reduced(evaluate, anchor)(self.metric.forward(u, tensors))
+        evaluate = self._reduced(lambda z: self._evaluate(z, inputs), anchor)
+        energy, grad = evaluate(self.metric.forward(u, tensors))
         return energy, self.metric.pull_back(grad, tensors)
 
     @property
@@ -217,23 +227,23 @@ class Run:
     def prepare(self, inputs: list[Tensor]) -> None:
         """Record the step, so that what cannot work fails before any sampling."""
         _ = self.statistics  # its constants are no part of a recording
-        steps = self.kernel.steps_to_draw(0)
-        draws = self.planned_steps // steps
+        steps = self.kernel.steps_at_once(0)
+        times = self.planned_steps // steps
         even = self.potential.batches is None  # a loader's last batch may be smaller
         small = self.chains * self.potential.dim <= LARGEST_UNROLLED
         tier = ""
         if steps > 1:
-            tier = self._program(1, False, inputs, self.planned_steps - draws).tier
+            tier = self._program(1, False, inputs, self.planned_steps - times).tier
         if self.anchoring is not None and self.anchoring.steps_left(0, steps) < UNROLLED_STEPS:
             small = False  # no program of several steps may run over a new anchor
         if steps >= UNROLLED_STEPS and small and even and tier == "inductor":
             self.unrolled = UNROLLED_STEPS
-            self._program(UNROLLED_STEPS, True, inputs * UNROLLED_STEPS, draws * (steps // UNROLLED_STEPS))
+            self._program(UNROLLED_STEPS, True, inputs * UNROLLED_STEPS, times * (steps // UNROLLED_STEPS))
         if not self.unrolled or steps % UNROLLED_STEPS:
-            self._program(1, True, inputs, draws)
+            self._program(1, True, inputs, times)
 
     def take_steps(self, count: int) -> Tensor:
-        """``count`` steps of all chains; statistics ``(chains, names)`` of the last."""
+        """``count`` steps of all chains; statistics ``(chains, names)`` of the last, or its energy."""
         stats: tuple[Tensor, ...] = ()
         while count:
             left = count if self.anchoring is None else self.anchoring.steps_left(self.step, count)
@@ -294,6 +304,8 @@ class Run:
                 )
             if not observed:
                 return tuple(state)
+            if self.kernel.observes_energy:
+                return (*state, evaluation.energy.unsqueeze(-1))
             position = self.metric.forward(state[0], metric)
             return (*state, self.statistics.row(before, state, evaluation, position, numbers))
 
@@ -302,6 +314,8 @@ class Run:
         self.noise[steps] = (noise, noise.unbind(0))
         numbers = [c for s in range(1 if self.constant else steps) for c in self.numbers_at(s)]
         numbers += self.metric.tensors
+        if self.in_chunks:
+            return Program(function, "chunks")  # of which the gradient is many calls of a recorded program
         example = [*self.state, *noise.unbind(0), *inputs, *self._anchor, *numbers]
         per_chain = [True] * (len(example) - len(numbers)) + [False] * len(numbers)
         return self.potential.program(function, example, per_chain, calls)

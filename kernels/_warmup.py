@@ -81,8 +81,8 @@ class StepRule(ABC):
         """Begin again, since the metric has changed."""
 
     @abstractmethod
-    def report(self) -> str:
-        """What was chosen, and what is expected of it."""
+    def report(self) -> str | None:
+        """What was chosen, and what is expected of it; None if nothing was."""
 
 
 class TargetAcceptance(StepRule):

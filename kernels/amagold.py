@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bnn.kernels._base import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number
-from bnn.kernels._corrected import CorrectedKernel, acceptance, settling_acceptance
+from bnn.kernels._corrected import CorrectedKernel, chances
 from bnn.kernels._run import Run
 from bnn.kernels.schedules import value_at
 
@@ -52,6 +52,8 @@ class Coefficients(NamedTuple):
     kept: Tensor  # (1 − x) / (1 + x)
     kick: Tensor  # h / (1 + x)
     noise_scale: Tensor  # √(4xTM) / (1 + x)
+    slack: Tensor  # 0, or negative early in warm-up: see bnn.kernels._corrected
+    inverse_temperature: Tensor  # 1 / T
     inverse_mass: Tensor  # 1 / M
 
 
@@ -74,12 +76,10 @@ def update(
 
 
 def test(
-    before: AMAGOLDState, after: AMAGOLDState, energy: Tensor, uniform: Tensor, temperature: Tensor, settling: Tensor
+    before: AMAGOLDState, after: AMAGOLDState, energy: Tensor, uniform: Tensor, k: Coefficients
 ) -> tuple[AMAGOLDState, Tensor]:
     """The Metropolis test of a whole proposal: the state that follows, and which chains stay ``(chains, 1)``."""
-    excess = (energy - before.energy - after.work) / temperature
-    fall = (before.energy - energy) / temperature
-    probability = torch.where(settling > 0, settling_acceptance(excess, fall), acceptance(excess))
+    probability = chances(before.energy, energy, after.work, k.slack, k.inverse_temperature)
     stays = uniform < probability
     position = torch.where(stays, after.position, before.position)
     momentum = torch.where(stays, after.momentum, -before.momentum)
@@ -119,11 +119,14 @@ class AMAGOLD(CorrectedKernel):
     evaluates_at_draws = False  # but half a step before one that the test may still refuse
 
     def __init__(self, model: Callable[..., Any], *, num_steps: int = 10, **settings: Any) -> None:
+        if settings.get("batches") is not None:
+            raise ValueError(
+                "batches= fixes the order of the minibatches, and AMAGOLD's test needs each order to be as likely as "
+                "its reverse: pass all data to run(), and subsample in the model's plate; or use GGMC."
+            )
+        if not settings.get("replacement", True):
+            raise ValueError("replacement=False: AMAGOLD's test needs minibatches that are drawn independently.")
         super().__init__(model, num_steps=num_steps, **settings)
-
-    def is_constant(self) -> bool:
-        """All steps are alike, since the test is not part of the recorded step."""
-        return True
 
     def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> AMAGOLDState:
         """Momentum drawn from N(0, T M), and the energy of all data."""
@@ -136,7 +139,8 @@ class AMAGOLD(CorrectedKernel):
         h, temperature, mass = self.step_size_at(0), value_at(self.temperature, 0), self._mass()
         x = 0.5 * h * (self.friction or 0.0) / mass
         noise_scale = np.sqrt(4.0 * x * temperature * mass) / (1.0 + x)
-        return 0.5 * h / mass, (1.0 - x) / (1.0 + x), h / (1.0 + x), noise_scale, 1.0 / mass
+        moves = 0.5 * h / mass, (1.0 - x) / (1.0 + x), h / (1.0 + x), noise_scale
+        return *moves, self.slack, 1.0 / temperature, 1.0 / mass
 
     def update(
         self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]
@@ -144,37 +148,22 @@ class AMAGOLD(CorrectedKernel):
         """One step of :func:`update`."""
         return update(state, energy_and_grad, noise[0], Coefficients(*coefficients))
 
-    def take(self, run: Run) -> Tensor:
-        """``steps_per_sample`` proposals, each with its test; statistics of the last."""
-        stats = run.last_stats
-        for _ in range(self.steps_per_sample):
-            if self.friction is None:
-                run.state = run.state._replace(momentum=self.fresh_momentum(run.state.position))
-            before, known = run.state, stats
-            stats = run.take_steps(self.num_steps)
-            known = torch.nan_to_num(stats) if known is None else known  # nothing is known before the first proposal
-            stats = self._finish(run, before, stats, known)
-        assert stats is not None
-        return stats
+    def start(self, run: Run) -> AMAGOLDState:
+        """Where the chains are; without friction, with a momentum drawn afresh."""
+        state: AMAGOLDState = run.state
+        return state if self.friction is not None else state._replace(momentum=self.fresh_momentum(state.position))
 
-    def _finish(self, run: Run, before: AMAGOLDState, stats: Tensor, known: Tensor) -> Tensor:
-        """The test of a proposal, and the statistics of where it leaves the chains."""
-        energy = run.full_energy(run.state.position).unsqueeze(-1)
-        settling = float(self.is_settling(run.step - 1))
-        flags = energy.new_tensor([value_at(self.temperature, 0), settling]).unbind()
-        given = [*before, *run.state, energy, torch.rand_like(energy), stats, known]
-        coefficients, fields = len(run.numbers_at(0)), len(before)
+    def tested(self, run: Run, observed: Tensor, known: Tensor | None) -> list[Tensor]:
+        """The energy of all data at the end, and the statistics of the last step and of the start."""
+        known = torch.nan_to_num(observed) if known is None else known  # nothing is known before the first proposal
+        return [run.full_energy(run.state.position).unsqueeze(-1), observed, known]
 
-        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-            energy, uniform, stats, known, temperature, settling = tensors[2 * fields : 2 * fields + 6]
-            numbers, metric = tensors[2 * fields + 6 :][:coefficients], tensors[2 * fields + 6 + coefficients :]
-            start, end = AMAGOLDState(*tensors[:fields]), AMAGOLDState(*tensors[fields : 2 * fields])
-            state, stays = test(start, end, energy, uniform, temperature, settling)
-            position = run.metric.forward(state.position, metric)
-            return (*state, run.statistics.with_state(torch.where(stays, stats, known), state, position, numbers))
-
-        shared = [*flags, *run.numbers_at(0), *run.metric.tensors]
-        program = run.program("test", function, given, shared, run.planned_steps // self.num_steps)
-        *state, stats = program(*given, *shared)
-        run.state = AMAGOLDState(*state)
-        return stats
+    def decide(
+        self, run: Run, ends: Sequence[Any], uniform: Tensor, tested: Sequence[Tensor], map_and_numbers: Any
+    ) -> tuple[AMAGOLDState, Tensor]:
+        """:func:`test`, and the statistics with what is said of a state said anew."""
+        (energy, stats, known), (to_model, numbers) = tested, map_and_numbers
+        before, after = ends
+        state, stays = test(before, after, energy, uniform, Coefficients(*numbers))
+        stats = torch.where(stays, stats, known)
+        return state, run.statistics.with_state(stats, state, to_model(state.position), numbers)

@@ -23,20 +23,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bnn.kernels._base import EnergyAndGrad, Evaluation, StochasticGradientKernel
 from bnn.kernels._coordinates import Number
-from bnn.kernels._gradient_noise import Array, GradientNoise, inverse_covariance, longest_step
+from bnn.kernels._gradient_noise import Array
+from bnn.kernels._noise_match import NoiseMatch
 from bnn.kernels.schedules import Schedule, check_setting, value_at
 
 # Coordinates that a full preconditioner may have: its step costs dim² operations.
 LARGEST_DENSE = 1_000
-
-# Pairs of gradients from which V is estimated at the start.
-FIRST_PAIRS = 64
 
 
 class ConstantSGDState(NamedTuple):
@@ -132,44 +129,44 @@ class ConstantSGD(StochasticGradientKernel):
             )
         if options.get("variance_reduction") is not None:
             raise ValueError("variance_reduction takes away the noise that constant-step SGD samples by: use SGLD.")
-        first = 1.0 if isinstance(step_size, str) else step_size  # until warm-up finds one
-        super().__init__(model, step_size=first, temperature=temperature, **options)
-        self.finds_step_size = isinstance(step_size, str)
+        super().__init__(model, step_size=step_size, temperature=temperature, **options)
+        self.finds_step_size, self.adapts_step_size = self.adapts_step_size, True  # V is measured either way
         self.preconditioner, self.average = preconditioner, average
         noise = "of covariance proportional to P⁻¹" if preconditioner is not None else "the same in all directions"
         noise = {"diagonal": "independent between coordinates", "full": "of any covariance"}.get(
             self.learned or "", noise
         )
         self.caveat = type(self).caveat.format(condition=noise)
-        self._noise = GradientNoise(False)
-        self._covariance: Array = np.ones(1)
-        self._learned: Array | None = None
         self._averaged_from = 0
 
     # ---- warm-up
 
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """As for every kernel; what an earlier run's warm-up found is forgotten."""
-        self._learned = None
-        super().setup(warmup_steps, *args, **kwargs)
+    def step_rule(self) -> NoiseMatch:
+        """Step and preconditioner by the noise that warm-up measures.
 
-    def check_plan(self, draws: int | None) -> None:
-        """:raises ValueError: if there is no noise to sample by, or too many coordinates for a full preconditioner."""
-        super().check_plan(draws)
-        run, dim = self._running, self.potential.dim
+        :raises ValueError: for a model of too many coordinates for a full preconditioner.
+        """
+        dim, given = self.potential.dim, 1.0 if self.preconditioner is None else self.preconditioner
         if self.learned == "full" and dim > LARGEST_DENSE:
             raise ValueError(
                 f"preconditioner='full' is a matrix, and the model has {dim} coordinates, more than {LARGEST_DENSE}: "
                 "use preconditioner='diagonal'."
             )
-        self._noise = GradientNoise(self.learned == "full")
-        for _ in range(-(-FIRST_PAIRS // run.chains)):
-            self._noise.add(self.potential, self.position)
-        self._take_in()
+        return NoiseMatch(
+            None if self.finds_step_size else value_at(self.step_size, 0),
+            None if self.learned else self.per_coordinate("preconditioner", given),
+            dense=self.learned == "full",
+            temperature=value_at(self.temperature, 0),
+            dim=dim,
+        )
+
+    @property
+    def _rule(self) -> NoiseMatch:
+        assert self._warmup is not None and isinstance(self._warmup.step_rule, NoiseMatch)
+        return self._warmup.step_rule
 
     def check_warmup(self, draws: int) -> None:
         """:raises ValueError: for a warm-up too short to measure the noise in."""
-        super().check_warmup(draws)
         run, dim = self._running, self.potential.dim
         if (self.finds_step_size or self.learned is not None) and not draws:
             raise ValueError(
@@ -185,64 +182,10 @@ class ConstantSGD(StochasticGradientKernel):
             )
 
     def adapt(self, stats: Tensor) -> None:
-        """Measure V at this draw of warm-up; at the ends of its parts, set step and preconditioner by it."""
-        del stats
+        """Learn from a draw of warm-up; averages begin after it."""
+        super().adapt(stats)
         run = self._running
-        self._noise.add(self.potential, self.position)
-        if run.draws in {run.warmup_steps // part for part in (8, 4, 2, 1)}:
-            self._take_in()
-        self._averaged_from = run.step
-        run.state = init(self.position, self.average)
-
-    def _take_in(self) -> None:
-        """Use the V that was measured, and begin to measure it anew."""
-        noise, self._noise, run = self._noise, GradientNoise(self._noise.dense), self._running
-        self._covariance = noise.covariance
-        variances = self._variances
-        mean = variances.mean()
-        if not mean > 0.0:
-            raise ValueError(
-                "the gradients of different minibatches are the same: without noise constant-step SGD ends at the "
-                "posterior's mode. Write pyro.plate(..., subsample_size=B), or use SGLD, SGHMC or GGMC."
-            )
-        if self.learned:
-            self._learned = inverse_covariance(noise)
-            if self._learned is not None:
-                self._learned = mean * self._learned
-            elif run.draws == run.warmup_steps and run.draws:
-                raise ValueError(
-                    f"preconditioner={self.learned!r} is V⁻¹, and V, the covariance of the minibatch gradient, is "
-                    f"singular: its least variance is {variances.min():.3g}, at site "
-                    f"{self._site_of(int(variances.argmin()))!r}. Give preconditioner as numbers, or use SGLD."
-                )
-        if self.finds_step_size:
-            best = 2.0 * value_at(self.temperature, 0) / float(self._heat.mean())
-            self.step_size = min(best, longest_step(self.potential, self.position, self._preconditioner()))
-        run.forget_numbers()
-
-    def _site_of(self, coordinate: int) -> str:
-        return next(n for n, s in self.potential.sites.items() if s.slice.start <= coordinate < s.slice.stop)
-
-    @property
-    def _variances(self) -> Array:
-        return np.diagonal(self._covariance) if self._covariance.ndim == 2 else self._covariance
-
-    @property
-    def _heat(self) -> Array:
-        """P_k V_kk for each coordinate; under a learned P the mean of V_kk, which is what its expectation comes to."""
-        if self._learned is not None:
-            return np.full_like(self._variances, self._variances.mean())
-        given = 1.0 if self.learned else self._preconditioner()
-        return np.asarray(given * self._variances)
-
-    def _preconditioner(self) -> Number:
-        """P: a number, its diagonal, or a matrix; of one shape throughout a run."""
-        if self.learned is None:
-            return self.per_coordinate("preconditioner", 1.0 if self.preconditioner is None else self.preconditioner)
-        if self._learned is not None:
-            return self._learned
-        dim = self.potential.dim
-        return np.eye(dim) if self.learned == "full" else np.ones(dim)
+        self._averaged_from, run.state = run.step, init(run.state.position, self.average)
 
     # ---- the step
 
@@ -255,7 +198,7 @@ class ConstantSGD(StochasticGradientKernel):
     def coefficients(self, step: int) -> tuple[Number, ...]:
         """The drift −hP."""
         del step
-        return (-value_at(self.step_size, 0) * self._preconditioner(),)
+        return (-self._rule.step_size * self._rule.preconditioner,)
 
     def update(
         self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]
@@ -266,17 +209,9 @@ class ConstantSGD(StochasticGradientKernel):
 
     # ---- reports
 
-    @property
-    def warmup_report(self) -> str | None:
-        """The step size that warm-up chose, and the temperature in effect that is expected of it."""
-        if not self.finds_step_size or self._run is None:
-            return None
-        heat = float(self.noise_temperature().mean())
-        return f"step_size {value_at(self.step_size, 0):.3g}, for a temperature of {heat:.3g} in effect"
-
     def noise_temperature(self) -> Array:
         """The temperature in effect of each coordinate, h P_k V_kk / 2: what the minibatches' noise makes it."""
-        return 0.5 * value_at(self.step_size, 0) * self._heat
+        return self._rule.heat
 
     def stats_at(self, step: int) -> dict[str, float]:
         """The mean over coordinates of the temperature in effect."""

@@ -7,8 +7,9 @@ precision of the weight's Normal prior: the curvature of K-FAC (Martens and Gros
 with Kronecker-factored approximate curvature", ICML), taken by the same capture. With G = L Lᵀ, L = L_S ⊗ L_A, a weight
 W (outputs, inputs) is W = L_S U L_Aᵀ. All other sites get G = 1 / (E[g²] + τ) per coordinate.
 
-Cost: besides the gradient, for each weight products of its size with both factors, twice a step: for layers not much
-wider than the minibatch. Estimates once a draw in warm-up, at the place of the first chains.
+Cost: besides the gradient, for each weight products of its size with both factors, twice a step: those take
+2 (inputs + outputs) / 3B of what its gradient does on B rows. For minibatches of more rows than a layer has inputs and
+outputs, and for corrected kernels. Estimates once a draw in warm-up, at the place of the first chains.
 """
 
 from __future__ import annotations

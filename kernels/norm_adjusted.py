@@ -5,12 +5,13 @@
 
 SGHMC with mass αM and friction γC, whose momentum is drawn afresh at a scale β of its own. Without that the stationary
 law is exp(−U/T) · N(r; 0, αTM), for every α and γ; drawing r ~ N(0, βM) keeps it if and only if β = αT. Any other β is
-a second thermostat, at temperature T_r = β/α. On U = ½ k z² in continuous time, with τ = nh between resamplings and
-E = exp(τ [[0, 1/m], [−k, −g/m]]), m = αM, g = γC, the position has just after a resampling the variance
+a second thermostat, at temperature T_r = β/α. On U = ½ k z² in the limit of small steps, with τ = nh between
+resamplings and E = exp(τ [[0, 1/m], [−k, −g/m]]), m = αM, g = γC, the position has just after one the variance
 
     v* = T/k − (T − T_r) m E₁₂² / (1 − E₁₁²)
 
 so that a small β is a cold posterior: with α = 3, β = 0.001, γC = 0.5, τ = 0.7 and k = 1 it samples T = 0.08, not 1.
+That of the steps themselves, ten of which make it 0.065, is what :func:`implied_temperature` gives.
 
 Steps and integrators are those of :mod:`bnn.kernels.sghmc`. Two things that are said of this sampler do not hold: the
 noise is √T · √(2C) dW (with T · √(2C) dW it samples T²), and α leaves the positions' law alone except through the bias
@@ -26,10 +27,10 @@ from functools import cache
 from typing import Any, Literal
 
 import numpy as np
-from scipy.linalg import expm
 from torch import Tensor
 
 from bnn.kernels._coordinates import Number
+from bnn.kernels._gaussian_law import Settings, stationary_variance
 from bnn.kernels.preconditioners import Preconditioner
 from bnn.kernels.schedules import Schedule, check_setting, value_at
 from bnn.kernels.sghmc import SGHMC
@@ -50,24 +51,33 @@ def implied_temperature(
     alpha: float = 1.0,
     gamma: float = 1.0,
     temperature: float = 1.0,
+    integrator: str = "bbaoa",
+    steps_since: int = -1,
 ) -> float:
-    """The temperature k v* at which a direction of curvature k is sampled when momenta are drawn from N(0, βM).
+    """The temperature at which a direction of curvature k is sampled when momenta are drawn from N(0, βM).
 
-    Between T and β/α: near T where friction forgets the momentum between resamplings, near β/α where it does not.
+    k times the variance of z in the stationary law of the steps, on U = ½ k z² without minibatch noise: exact. It lies
+    near T where friction forgets the momentum between resamplings, near β/α where it does not.
 
     :param curvature: k, the second derivative of U.
+    :param integrator: that of the kernel.
+    :param steps_since: steps since the last one that drew the momentum afresh, at which draws are taken; −1 is the last
+        before the next.
+    :returns: infinity for steps that are not stable.
     :raises ValueError: for a curvature that is not positive.
 
     >>> settings = {"friction": 0.5, "momentum_scale": 0.001, "alpha": 3.0}
-    >>> round(implied_temperature(1.0, step_size=0.07, resample_every=10, **settings), 3)
+    >>> round(implied_temperature(1.0, step_size=0.07, resample_every=10, **settings), 4)
+    0.065
+    >>> round(implied_temperature(1.0, step_size=0.00007, resample_every=10_000, **settings), 4)  # small steps: v*
     0.076
     """
     if not curvature > 0:
         raise ValueError(f"curvature is {curvature}; give a positive number.")
-    m, g = alpha * mass, gamma * friction
-    flow = expm(step_size * resample_every * np.array([[0.0, 1.0 / m], [-curvature, -g / m]]))
-    fresh = momentum_scale / alpha
-    return float(temperature - (temperature - fresh) * curvature * m * flow[0, 1] ** 2 / (1.0 - flow[0, 0] ** 2))
+
+    fresh, since = momentum_scale * mass, steps_since % resample_every
+    settings = Settings(integrator, curvature, step_size, gamma * friction, alpha * mass, temperature)
+    return curvature * stationary_variance(settings, fresh, resample_every - 1 - since, since)
 
 
 class NormAdjustedSGHMC(SGHMC):
@@ -141,7 +151,7 @@ class NormAdjustedSGHMC(SGHMC):
         """The temperature that β implies for a direction of the smallest curvature of a fixed prior."""
         if isinstance(self.momentum_scale, str):
             return {}
-        return {"implied_temperature": self._implied(step)}
+        return {"implied_temperature": self._implied(step, step % self.resample_every)}
 
     def check_plan(self, draws: int | None) -> None:
         """Announce what another β than αT does."""
@@ -150,10 +160,11 @@ class NormAdjustedSGHMC(SGHMC):
             self.steps_to_draw(0)
         elif not isinstance(self.momentum_scale, str) and not self._on_target(0):
             asked, scale = value_at(self.temperature, 0), value_at(self.momentum_scale, 0)
+            implied = self._implied(0, self.steps_per_sample - 1)
             warnings.warn(
                 f"momentum_scale is {scale:.4g}, but only alpha * temperature = {self.alpha * asked:.4g} keeps the "
                 f"target: momenta are drawn at temperature {scale / self.alpha:.3g}, and a direction that only the "
-                f"prior holds is sampled at {self._implied(0):.3g} in place of {asked:.3g}. For the posterior leave "
+                f"prior holds is sampled at {implied:.3g} in place of {asked:.3g}. For the posterior leave "
                 "momentum_scale='auto'.",
                 RuntimeWarning,
                 stacklevel=3,
@@ -179,14 +190,15 @@ class NormAdjustedSGHMC(SGHMC):
         wanted = self.alpha * value_at(self.temperature, step)
         return math.isclose(value_at(self.momentum_scale, step), wanted, rel_tol=TOLERANCE, abs_tol=1e-300)
 
-    def _implied(self, step: int) -> float:
+    def _implied(self, step: int, steps_since: int) -> float:
         assert not isinstance(self.momentum_scale, str)
         deviations = [site.normal[1] for site in self.potential.sites.values() if site.normal is not None]
         return implied_temperature(
             max(deviations, default=1.0) ** -2, step_size=self.step_size_at(step),
             friction=value_at(self.friction, step), momentum_scale=value_at(self.momentum_scale, step),
             resample_every=self.resample_every, mass=float(np.mean(super()._mass())), alpha=self.alpha,
-            gamma=self.gamma, temperature=value_at(self.temperature, step),
+            gamma=self.gamma, temperature=value_at(self.temperature, step), integrator=self.integrator,
+            steps_since=steps_since,
         )  # fmt: skip
 
     def _fresh_variance(self, step: int) -> Number:

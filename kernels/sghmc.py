@@ -113,8 +113,33 @@ def obabo(
     return SGHMCState(position, momentum, grad), Evaluation(position, energy, grad)
 
 
-_INTEGRATORS = {"bbaoa": bbaoa, "symplectic_euler": symplectic_euler, "baoab": baoab, "obabo": obabo}
-_KEEPS_GRADIENT = ("baoab", "obabo")
+def fluctuation(
+    integrator: str,
+    h: Number,
+    friction: Number,
+    mass: Number,
+    temperature: float,
+    gradient_variance: Number = 0.0,
+    fresh: Number | None = None,
+) -> tuple[Number, Number]:
+    """The momentum's decay in a step, or in each half of one of obabo, and the variance of the noise that joins it.
+
+    :param gradient_variance: h²V, which is taken from the noise.
+    :param fresh: variance of a momentum that is drawn afresh in this step.
+    """
+    if integrator == "symplectic_euler":
+        decay = 1.0 - h * friction / mass
+        variance = 2.0 * h * friction * temperature - gradient_variance
+        return (decay, variance) if fresh is None else (0.0 * decay, variance + decay**2 * fresh)
+    interval, share = (0.5 * h, 0.5) if integrator == "obabo" else (h, 1.0)
+    decay = np.exp(-interval * friction / mass)
+    if fresh is not None:
+        return 0.0 * decay, fresh
+    return decay, mass * temperature * (1.0 - decay**2) - share * decay**2 * gradient_variance
+
+
+INTEGRATORS = {"bbaoa": bbaoa, "symplectic_euler": symplectic_euler, "baoab": baoab, "obabo": obabo}
+KEEPS_GRADIENT = ("baoab", "obabo")
 
 
 class SGHMC(MomentumKernel):
@@ -171,9 +196,9 @@ class SGHMC(MomentumKernel):
         **options: Any,
     ) -> None:
         super().__init__(model, step_size=step_size, friction=friction, mass=mass, temperature=temperature, **options)
-        if integrator not in _INTEGRATORS:
+        if integrator not in INTEGRATORS:
             raise ValueError(
-                f"integrator {integrator!r} is unknown: choose one of {', '.join(map(repr, _INTEGRATORS))}."
+                f"integrator {integrator!r} is unknown: choose one of {', '.join(map(repr, INTEGRATORS))}."
             )
         every = momentum_resampling
         if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
@@ -196,7 +221,7 @@ class SGHMC(MomentumKernel):
     def init(self, position: Tensor, energy_and_grad: EnergyAndGrad) -> SGHMCState:
         """Momentum drawn from N(0, T M)."""
         momentum = self.fresh_momentum(position)
-        grad = energy_and_grad(position)[1] if self.integrator in _KEEPS_GRADIENT else None
+        grad = energy_and_grad(position)[1] if self.integrator in KEEPS_GRADIENT else None
         return init(position, momentum, grad)
 
     def coefficients(self, step: int) -> tuple[Number, ...]:
@@ -207,18 +232,8 @@ class SGHMC(MomentumKernel):
         if self.adapts_step_size and self._warmup is not None and self._warmup.is_falling:
             resample = True  # a fall from far away would go on, for long, with the momentum that it gave
         gradient_variance = h**2 * self._gradient_noise()
-        if self.integrator == "symplectic_euler":
-            decay = 1.0 - h * friction / mass
-            variance = 2.0 * h * friction * temperature - gradient_variance
-            if resample:
-                decay, variance = 0.0 * decay, variance + decay**2 * self._fresh_variance(step)
-        else:
-            interval = 0.5 * h if self.integrator == "obabo" else h
-            decay = np.exp(-interval * friction / mass) * (0.0 if resample else 1.0)
-            share = 0.5 if self.integrator == "obabo" else 1.0
-            variance = mass * temperature * (1.0 - decay**2) - share * decay**2 * gradient_variance
-            if resample:
-                variance = self._fresh_variance(step)
+        fresh = self._fresh_variance(step) if resample else None
+        decay, variance = fluctuation(self.integrator, h, friction, mass, temperature, gradient_variance, fresh)
         if np.less(variance, 0.0).any():
             raise ValueError(
                 f"gradient_noise asks to remove more noise (h²V up to {np.max(gradient_variance):.3g}) than the "
@@ -231,7 +246,7 @@ class SGHMC(MomentumKernel):
         self, state: Any, energy_and_grad: EnergyAndGrad, noise: Sequence[Tensor], coefficients: Sequence[Tensor]
     ) -> tuple[SGHMCState, Evaluation]:
         """One step of the chosen integrator."""
-        return _INTEGRATORS[self.integrator](state, energy_and_grad, noise, Coefficients(*coefficients[:4]))
+        return INTEGRATORS[self.integrator](state, energy_and_grad, noise, Coefficients(*coefficients[:4]))
 
     def step_rule(self) -> StepRule:
         """The step size of a bounded bias."""

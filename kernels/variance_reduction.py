@@ -13,7 +13,6 @@ Cost: two minibatch gradients a step, and a pass over all data for each new anch
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from bnn.full_data import minibatches_in_all
 from bnn.potential import Potential
 
 if TYPE_CHECKING:
@@ -142,12 +142,7 @@ class SVRG(VarianceReduction):
 
     def steps_between(self, potential: Potential) -> int:
         """``every``, or the minibatches in the data."""
-        return self.every or minibatches_in_all(potential)
-
-
-def minibatches_in_all(potential: Potential) -> int:
-    """Minibatch gradients that a pass over all data costs."""
-    return math.prod(math.ceil(plate.size / plate.batch_size) for plate in potential.plates.values())
+        return self.every or minibatches_in_all(potential.plates.values())
 
 
 class Anchoring:
@@ -173,7 +168,7 @@ class Anchoring:
     @property
     def gradients_per_step(self) -> float:
         """Minibatch gradients for each one of the kernel, passes over all data included."""
-        return 2.0 + (minibatches_in_all(self.potential) / self.every if self.every else 0.0)
+        return 2.0 + (minibatches_in_all(self.potential.plates.values()) / self.every if self.every else 0.0)
 
     def start(self, position: Tensor, step: int, energy_and_grad: EnergyAndGrad) -> None:
         """Set the anchor for chains that start from ``position``.

@@ -101,8 +101,18 @@ KERNELS = [
         GGMC,
         {"step_size": 5e-3, "friction": None, "num_steps": 3, "mass": {"a_scale": 2.0}},
         True,
+        draws_noise_per_step=0,
         extra_stats=frozenset({"acceptance_rate"}),
         model=targets.full_regression,
+    ),
+    KernelCase(
+        "ggmc_chunks",
+        GGMC,
+        {"step_size": 5e-3, "friction": 5.0, "num_steps": 2},
+        True,
+        draws_noise_per_step=0,
+        gradients_per_step=4,
+        extra_stats=frozenset({"acceptance_rate"}),
     ),
     KernelCase(
         "amagold",

@@ -12,8 +12,8 @@ from scipy.optimize import minimize_scalar
 
 import bnn
 from bnn.kernels import MCMC, SVRG, Constant, ConstantSGD
-from bnn.kernels._gradient_noise import GradientNoise, inverse_covariance, longest_step
-from bnn.potential import Potential
+from bnn.kernels._gradient_noise import GradientNoise, longest_step, pair
+from bnn.kernels._metric import Scaling, Triangular
 from support import targets
 from support.checks import assert_covariance, assert_mean, assert_variance
 
@@ -93,20 +93,20 @@ def test_warm_up_finds_the_step_that_the_theorems_state(given, temperature):
     kernel = chains(
         repeated, START, ROWS, preconditioner=given, temperature=temperature, draws=3, warmup=2, steps_per_sample=4
     )
-    drift = kernel.step_size * np.asarray(kernel._preconditioner())
+    drift = kernel.step_size_at(0) * np.asarray(kernel._rule.preconditioner)
     error = 4 * np.sqrt(2 / N)  # of a variance of Gaussian noise, from half of 2 draws; of less kurtosis, less
     if isinstance(given, str):
         best = 2 * temperature * (1 / np.diag(V) if given == "diagonal" else np.linalg.inv(V))
         np.testing.assert_allclose(drift, best, rtol=2 * error, atol=2 * error * np.abs(best).min())
     else:
         p = np.ones(3) if given is None else given.numpy()
-        assert kernel.step_size == pytest.approx(2 * temperature * 3 / (p * np.diag(V)).sum(), rel=error)
-        best = kernel.step_size * np.diag(p)
+        assert kernel.step_size_at(0) == pytest.approx(2 * temperature * 3 / (p * np.diag(V)).sum(), rel=error)
+        best = kernel.step_size_at(0) * np.diag(p)
         # The best of all steps, in continuous time, where Σ is in proportion to h.
         one = solve_continuous_lyapunov(np.diag(p) @ H, np.diag(p) @ V @ np.diag(p))
         found = minimize_scalar(lambda log_h: kl(np.exp(log_h) * one / temperature), bracket=(-12, -2))
-        assert np.exp(found.x) == pytest.approx(kernel.step_size, rel=error)
-    heat = kernel.step_size * np.broadcast_to(np.ones(3) if given is None or isinstance(given, str) else given, 3)
+        assert np.exp(found.x) == pytest.approx(kernel.step_size_at(0), rel=error)
+    heat = kernel.step_size_at(0) * np.broadcast_to(np.ones(3) if given is None or isinstance(given, str) else given, 3)
     heat = 0.5 * heat * (np.diag(V) if not isinstance(given, str) else np.diag(V).mean())
     np.testing.assert_allclose(kernel.noise_temperature(), heat, rtol=error)
     assert kernel.noise_temperature().mean() == pytest.approx(temperature, rel=1e-9)
@@ -217,24 +217,22 @@ def test_averages_are_reported_and_not_kept_unless_asked():
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_noise_of_a_minibatch_and_its_inverse(dense):
     """From pairs of 20 each, 4,000 times: V and V⁻¹ without bias."""
-    potential, position = Potential(repeated, ROWS, replacement=True, compile="fx"), torch.zeros(20, 3, dtype=float64)
     covariances, inverses = [], []
     random = torch.Generator().manual_seed(0)
     root = torch.linalg.cholesky(torch.from_numpy(V))
     for _ in range(4_000):
         noise = GradientNoise(dense)
         # Gaussian gradients, for which the inverse's correction is exact.
-        draw = lambda z: (None, torch.randn(20, 3, generator=random, dtype=float64) @ root.T)  # noqa: E731
-        noise.add(type("Gaussian", (), {"energy_and_grad": staticmethod(draw)}), position)
+        noise.add(*(torch.randn(2, 20, 3, generator=random, dtype=float64) @ root.T))
         covariances.append(noise.covariance)
-        inverses.append(inverse_covariance(noise))
+        inverses.append(noise.inverse())
     for found, exact in ((covariances, V), (inverses, np.linalg.inv(V) if dense else 1 / np.diag(V))):
         exact = exact if np.ndim(exact) == (2 if dense else 1) else np.diag(exact)
         error = np.std(found, 0) / np.sqrt(len(found))
         assert (np.abs(np.mean(found, 0) - exact) < 5 * error).all()
-    noise = GradientNoise(dense)
+    noise, run = GradientNoise(dense), set_up(chains=20)._running
     for _ in range(2_000):
-        noise.add(potential, position)
+        noise.add(*pair(run))
     exact = V if dense else np.diag(V)
     scale = np.sqrt(np.outer(np.diag(V), np.diag(V))) if dense else exact
     assert (np.abs(noise.covariance - exact) < 5 * np.sqrt(2 / noise.pairs) * scale).all()
@@ -243,10 +241,11 @@ def test_the_noise_of_a_minibatch_and_its_inverse(dense):
 @pytest.mark.parametrize("preconditioner", [np.float64(1.0), np.array([0.5, 1.0, 2.0]), np.linalg.inv(V) * 1e4])
 def test_the_longest_step(preconditioner):
     """Half of 2 / λ where all minibatches have one curvature, λ the largest eigenvalue of PH."""
-    potential = Potential(repeated, ROWS, replacement=True, compile="fx")
     matrix = preconditioner if preconditioner.ndim == 2 else np.diag(np.broadcast_to(preconditioner, 3))
     pyro.set_rng_seed(0)
-    found = longest_step(potential, torch.randn(4, 3, dtype=float64), preconditioner)
+    given = torch.as_tensor(preconditioner)
+    root = Triangular(torch.linalg.cholesky(given)) if given.dim() == 2 else Scaling(given.sqrt())
+    found = longest_step(set_up(chains=4)._running, root, 1.0)
     assert found == pytest.approx(1 / np.linalg.eigvals(matrix @ H).real.max(), rel=1e-3)
 
 
@@ -256,8 +255,8 @@ def test_too_little_noise_for_the_temperature(capsys):
     mcmc = MCMC(ConstantSGD(repeated, compile="fx"), 50, 16, num_chains=4, disable_progbar=True)
     mcmc.run(0.02 * ROWS)
     heat = mcmc.sample_stats["noise_temperature"].mean().item()
-    assert mcmc.kernel.step_size == pytest.approx(1 / np.linalg.eigvalsh(H)[-1], rel=1e-3)
-    assert heat == pytest.approx(mcmc.kernel.step_size * 0.02**2 * np.trace(V) / 6, rel=0.5) and heat < 0.1
+    assert mcmc.kernel.step_size_at(0) == pytest.approx(1 / np.linalg.eigvalsh(H)[-1], rel=1e-3)
+    assert heat == pytest.approx(mcmc.kernel.step_size_at(0) * 0.02**2 * np.trace(V) / 6, rel=0.5) and heat < 0.1
     assert "only the noise of the minibatches heats the chains" in mcmc.temperature_verdict()
     mcmc.summary()
     assert f"{heat:.4g} by the noise of the minibatches" in capsys.readouterr().out
@@ -303,11 +302,12 @@ def constant_coordinate(y):
 
 
 def set_up(model=repeated, warmup=8, chains=2, data=ROWS, draws=0, **settings):
-    kernel = ConstantSGD(model, compile="handlers", **settings)
+    kernel = ConstantSGD(model, **{"compile": "fx", **settings})
     kernel.num_chains = chains
     kernel.setup(warmup, data)
     for _ in range(draws):
         kernel.advance()
+    return kernel
 
 
 def test_what_cannot_be_sampled(monkeypatch):

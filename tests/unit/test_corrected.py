@@ -9,6 +9,7 @@ from pyro.infer import HMC
 from scipy import integrate, stats
 
 from bnn.kernels import AMAGOLD, GGMC, MCMC, SGHMC, Constant
+from bnn.kernels._corrected import chances
 from support import targets
 from support.checks import ALPHA, assert_variance
 
@@ -116,6 +117,32 @@ def test_acceptance_tends_to_one(kernel, settings):
         assert 1.0 - float(run.state.acceptance.mean()) < worst
 
 
+@pytest.mark.parametrize("slack", [0.0, -0.1])
+def test_chances(slack):
+    """min(1, exp(−ΔH/T)), early in warm-up 1 where ΔH is below a tenth of the fall of U; 0 for what is not finite."""
+    fall = torch.tensor([[3.0], [-3.0], [0.0], [40.0], [40.0], [-40.0], [np.nan], [-np.inf]], dtype=torch.float64)
+    gain = torch.tensor([[-0.5], [-0.05], [0.7], [-3.9], [-4.1], [-4.1], [np.nan], [-np.inf]], dtype=torch.float64)
+    start, inverse_temperature = torch.full_like(fall, 7.0), torch.tensor(2.0).double()
+    change = torch.nan_to_num(gain - fall)
+    found = chances(start, start - fall, change, torch.tensor(slack).double(), inverse_temperature).flatten()
+    expected = np.exp(np.minimum([-1.0, -0.1, 0.0, -7.8, -8.2, -8.2, -np.inf, -np.inf], 0.0))
+    expected[3] = 1.0 if slack else expected[3]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kernel, adapts, last", [(GGMC, False, 10), (AMAGOLD, False, 10), (GGMC, True, 10)])
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_the_test_holds_from_the_middle_of_warm_up(kernel, adapts, last, num_steps):
+    step_size = "auto" if adapts else 0.1
+    one = kernel(targets.gaussian, step_size=step_size, friction=1.0, num_steps=num_steps, compile="fx")
+    one.setup(20, torch.ones(3))
+    slack = []
+    for _ in range(22):
+        one.advance()
+        slack.append(float(one._running.numbers_at(0)[-3]))
+    assert slack == pytest.approx([-0.1] * (last - 1) + [0.0] * (23 - last))
+
+
 def test_refused_proposals_come_back_with_the_momentum_turned_round():
     like = torch.ones(1, dtype=torch.float64)
     for kernel in (GGMC, AMAGOLD):
@@ -199,8 +226,6 @@ def test_chains_from_far_away_arrive_in_warm_up(kernel):
         ({"step_size": Constant(0.1)}, "step_size is a Schedule"),
         ({"friction": Constant(0.1)}, "friction is a Schedule"),
         ({"temperature": 0.0}, "temperature is 0"),
-        ({"replacement": False}, "drawn independently"),
-        ({"batches": [(torch.ones(3),)]}, "batches= fixes the order"),
         ({"mass": -1.0}, "mass holds -1"),
     ],
 )
@@ -211,10 +236,19 @@ def test_bad_settings(kernel, settings, message):
         one.setup(0, torch.ones(3))
 
 
-def test_models_that_have_no_energy_to_test():
-    with pytest.raises(ValueError, match="subsamples at plates.*AMAGOLD"):
-        GGMC(targets.regression, step_size=0.1, friction=1.0, compile="fx").setup(0, *targets.regression_data())
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"replacement": False}, "drawn independently"),
+        ({"batches": [(torch.ones(3),)]}, "batches= fixes the order"),
+    ],
+)
+def test_minibatches_in_an_order_of_their_own_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AMAGOLD(targets.gaussian, step_size=0.1, friction=1.0, **settings)
 
+
+def test_models_that_have_no_energy_to_test():
     def noisy(x):
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.factor("noise", torch.nn.functional.dropout(z * x, 0.5).sum())

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import expm
 
 from bnn.kernels import MCMC, SGHMC, Constant, CosineCycles, NormAdjustedSGHMC, implied_temperature
 from support import laws, targets
@@ -13,7 +14,12 @@ from support.checks import assert_covariance, assert_variance
 from support.laws import Setting
 
 N = 131_072
-INTEGRATORS = {"bbaoa": laws.bbaoa, "baoab": laws.baoab, "symplectic_euler": laws.symplectic_euler}
+INTEGRATORS = {
+    "bbaoa": laws.bbaoa,
+    "baoab": laws.baoab,
+    "symplectic_euler": laws.symplectic_euler,
+    "obabo": laws.obabo,
+}
 # M and C as given, then the α and γ that make the kernel's mass and friction.
 MASS, FRICTION, ALPHA, GAMMA, CURVATURE = 2.5, 4.0, 3.0, 0.5, 4.0
 
@@ -43,6 +49,8 @@ def moves(s: Setting, integrator: str, scale: float, resample: bool) -> list[law
     fresh = laws.fluctuate(0.0, scale * MASS)
     if integrator == "symplectic_euler":
         return [fresh, *INTEGRATORS[integrator](s)]
+    if integrator == "obabo":
+        return [fresh, laws.kick(s, 0.5), laws.drift(s), laws.gradient(s), laws.kick(s, 0.5), fresh]
     middle = [laws.drift(s, 0.5), fresh, laws.drift(s, 0.5)]
     if integrator == "bbaoa":
         return [laws.gradient(s), laws.kick(s), *middle]
@@ -72,24 +80,60 @@ def test_auto_keeps_the_target_and_is_alpha_times_the_temperature():
     np.testing.assert_array_equal(run(s, 9, resample_every=2, momentum_scale=ALPHA * s.temperature), auto)
 
 
+@pytest.mark.parametrize("integrator", INTEGRATORS)
+def test_implied_temperature_is_that_of_the_steps(integrator):
+    """In the stationary law of the steps, at each number of steps since the momentum was drawn afresh."""
+    s, every, scale = setting(step_size=0.6), 5, 0.3
+    covariance, variances = laws.start(s), []
+    for step in range(80 * every):
+        covariance = laws.propagate(covariance, moves(s, integrator, scale, step % every == 0))
+        variances.append(covariance[0, 0])
+    settings = {
+        "step_size": s.step_size, "friction": FRICTION, "mass": MASS, "alpha": ALPHA, "gamma": GAMMA,
+        "momentum_scale": scale, "temperature": s.temperature, "resample_every": every, "integrator": integrator,
+    }  # fmt: skip
+    found = [implied_temperature(CURVATURE, steps_since=since, **settings) for since in range(every)]
+    np.testing.assert_allclose(found, CURVATURE * np.array(variances[-every:]), rtol=1e-9)
+    assert implied_temperature(CURVATURE, **settings) == found[-1]
+    assert np.ptp(found) > 0.01 * found[0]
+    assert implied_temperature(CURVATURE, **{**settings, "step_size": 9.0}) == math.inf
+
+
+@pytest.mark.filterwarnings("ignore:momentum_scale is")
+def test_each_draw_says_what_is_implied_at_its_step():
+    s, steps = setting(), 3
+    kernel = NormAdjustedSGHMC(
+        targets.gaussian, step_size=s.step_size, temperature=s.temperature, mass=MASS, friction=FRICTION, alpha=ALPHA,
+        gamma=GAMMA, momentum_scale=0.3, resample_every=4, steps_per_sample=steps, compile="fx",
+    )  # fmt: skip
+    kernel.setup(0, torch.full((50,), s.curvature, dtype=torch.float64))
+    for _ in range(5):
+        kernel.advance()
+    expected = [
+        implied_temperature(
+            s.curvature, step_size=s.step_size, friction=FRICTION, mass=MASS, alpha=ALPHA, gamma=GAMMA,
+            momentum_scale=0.3, temperature=s.temperature, resample_every=4, steps_since=(steps * draw - 1) % 4,
+        )
+        for draw in range(1, 6)
+    ]  # fmt: skip
+    np.testing.assert_allclose(kernel.sample_stats()["implied_temperature"][0], expected, rtol=1e-12)
+
+
 def test_published_setting_is_a_cold_posterior():
-    """A momentum scale of 0.001 at α = 3 samples T near 0.08, not 1: by the formula, and by a fine discretisation."""
-    every = 700
-    found = implied_temperature(
-        1.0, step_size=0.7 / every, friction=0.5, alpha=3.0, momentum_scale=1e-3, resample_every=every
-    )
-    assert found == pytest.approx(0.0760, abs=1e-4)
-    nearly_none = implied_temperature(2.0, step_size=0.4, friction=1e-3, momentum_scale=1e-3, resample_every=1)
+    """A momentum scale of 0.001 at α = 3 samples T near 0.08, not 1; in ten steps less: the formula is of tiny ones."""
+    m, published = 3.0, {"friction": 0.5, "alpha": 3.0, "momentum_scale": 1e-3}
+    flow = expm(0.7 * np.array([[0.0, 1 / m], [-1.0, -0.5 / m]]))
+    limit = 1.0 - (1.0 - 1e-3 / 3.0) * m * flow[0, 1] ** 2 / (1.0 - flow[0, 0] ** 2)
+    assert limit == pytest.approx(0.0760, abs=1e-4)
+    for integrator in INTEGRATORS:
+        errors = [
+            implied_temperature(1.0, step_size=0.7 / n, resample_every=n, integrator=integrator, **published) - limit
+            for n in (400, 800)
+        ]
+        assert abs(errors[0]) < 0.01 * limit and errors[0] / errors[1] == pytest.approx(2.0, abs=0.05)
+    assert implied_temperature(1.0, step_size=0.07, resample_every=10, **published) == pytest.approx(0.065, abs=1e-4)
+    nearly_none = implied_temperature(2.0, step_size=0.004, friction=1e-3, momentum_scale=1e-3, resample_every=100)
     assert nearly_none == pytest.approx(0.0013, abs=5e-5)
-    s = Setting(1.0, 0.7 / every, 1.0, friction=0.5, mass=3.0)
-    covariance = laws.start(s)
-    for _ in range(60):
-        for _ in range(every - 1):
-            covariance = laws.propagate(covariance, laws.bbaoa(s))
-        drift = laws.drift(s, 0.5)
-        fresh = [laws.gradient(s), laws.kick(s), drift, laws.fluctuate(0.0, 1e-3), drift]
-        covariance = laws.propagate(covariance, fresh)
-    assert covariance[0, 0] == pytest.approx(found, rel=0.01)
 
 
 def test_implied_temperature_lies_between_the_two_thermostats():
@@ -97,8 +141,9 @@ def test_implied_temperature_lies_between_the_two_thermostats():
     for curvature in (0.1, 1.0, 30.0):
         slow = implied_temperature(curvature, friction=1e-9, resample_every=30, **common)
         assert slow == pytest.approx(0.3 / 1.5, rel=1e-4)
-        found = [implied_temperature(curvature, friction=5.0, resample_every=n, **common) for n in (1, 100, 5_000)]
-        assert 0.2 < found[0] and found[-1] <= 1.0 + 1e-9
+        found = [implied_temperature(curvature, friction=5.0, resample_every=n, **common) for n in (1, 2, 100, 5_000)]
+        assert found[0] == pytest.approx(0.2, rel=1e-9), "friction never acts"
+        assert found == sorted(found) and found[-1] <= 1.0 + 1e-9
     assert implied_temperature(2.0, friction=1.0, resample_every=9, **{**common, "momentum_scale": 1.5}) == (
         pytest.approx(1.0, abs=1e-12)
     )
@@ -116,10 +161,10 @@ def test_another_scale_is_announced_and_stands_in_the_report():
     with pytest.warns(RuntimeWarning) as caught:
         mcmc.run(curvature)
     messages = " ".join(str(one.message) for one in caught)
-    assert "only alpha * temperature = 3 keeps the target" in messages and "0.076 in place of 1" in messages
+    assert "only alpha * temperature = 3 keeps the target" in messages and "0.065 in place of 1" in messages
     assert "momentum_scale draws them at another" in messages
-    np.testing.assert_allclose(mcmc.sample_stats["implied_temperature"], 0.076, atol=1e-3)
-    assert "implies 0.07599" in mcmc.temperature_report()
+    np.testing.assert_allclose(mcmc.sample_stats["implied_temperature"], 0.065, atol=1e-4)
+    assert "implies 0.06499" in mcmc.temperature_report()
 
 
 def test_cycles_give_draws_only_at_their_target():

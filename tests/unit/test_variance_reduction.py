@@ -347,3 +347,53 @@ def test_gradients_per_step(reduction, cost, monkeypatch):
         kernel.advance()
     passes = 0 if reduction is None or cost == 2 else 16 // kernel._running.anchoring.every
     assert len(count) == 17 * (1 if reduction is None else 2) + 4 * passes
+
+
+# ---- step_size="auto"
+
+
+def svrg_moments(h, steps, every, start=None, first=0):
+    """Second moments of (z, a) about the posterior's mean on `linear`, after steps ``first`` to ``first + steps``.
+
+    z ← z − h (Ĥ (z − a) + H a) + √(2h) ξ, with a ← z before every step whose number ``every`` divides.
+    """
+    rows = 1.0 + 3.0 * X.numpy() ** 2
+    moves = [np.array([[1.0 - h * row, h * (row - rows.mean())], [0.0, 1.0]]) for row in rows]
+    second = np.zeros((2, 2)) if start is None else start
+    renewed = np.array([[1.0, 0.0], [1.0, 0.0]])
+    for step in range(first, first + steps):
+        second = renewed @ second @ renewed.T if step % every == 0 else second
+        second = np.mean([move @ second @ move.T for move in moves], 0) + np.diag([2.0 * h, 0.0])
+    return second
+
+
+@pytest.mark.parametrize("every", [2, 7])
+def test_svrg_with_a_step_size_that_is_found(every):
+    """The law of the step that warm-up chose, whose bias is what was allowed; the noise counted is that of SVRG."""
+    mean, curvature = float((X * Y).sum() / (1 + (X**2).sum())), float(1 + (X**2).sum())
+    start = mean + torch.randn(N, dtype=float64, generator=torch.Generator().manual_seed(2)) / curvature**0.5
+    steps = []
+    for chains, reduction in ((2000, None), (N, SVRG(every))):
+        kernel = SGLD(
+            linear, step_size="auto", compile="fx", replacement=True, variance_reduction=reduction, steps_per_sample=3
+        )
+        kernel.num_chains, kernel.initial_params = chains, {"slope": start[:chains]}
+        pyro.set_rng_seed(1)
+        with targets.starts_unchecked():
+            kernel.setup(20, X, Y)
+        for _ in range(20):
+            kernel.advance()
+        steps.append(kernel.step_size_at(0))
+    plain, h = steps
+    assert h > 3 * plain
+    run = kernel._running
+    run.place(torch.full((N, 1), mean, dtype=float64))
+    first = run.step
+    for _ in range(8):
+        kernel.advance()
+    z, variance = kernel.position.flatten().numpy(), svrg_moments(h, 24, every, first=first)[0, 0]
+    assert_mean("slope", z, mean, variance)
+    assert_mean("square", (z - mean) ** 2, variance, float(((z - mean) ** 2).var()))
+    stationary = svrg_moments(h, 400 * every, every)
+    variances = [svrg_moments(h, step, every, stationary)[0, 0] for step in range(1, every + 1)]
+    assert np.mean(variances) * curvature == pytest.approx(1.05, abs=0.005)

@@ -11,7 +11,7 @@ from scipy import stats
 from bnn.kernels import AMAGOLD, GGMC, MCMC, SGHMC
 from bnn.kernels._warmup import window_ends
 from support import targets
-from support.checks import ALPHA
+from support.checks import ALPHA, assert_variance
 
 N = 100_000
 SCALES = torch.logspace(-2, 2, 20, dtype=torch.float64)
@@ -94,6 +94,41 @@ def test_nothing_is_learnt_after_warm_up_or_from_another_run(mass):
         assert all(step == found[0][0] and metric is found[0][1] for step, metric in found)
         draws.append(one.position)
     assert torch.equal(*draws)
+
+
+def test_momenta_far_too_hot_are_drawn_afresh():
+    """In warm-up, those of the chains that are; in law N(0, T M), while the others keep theirs."""
+    one = SGHMC(targets.gaussian, step_size="auto", friction=1.0, mass=2.0, temperature=0.5, compile="fx")
+    one.num_chains, one.initial_params = 9000, {"z": torch.zeros(9000, 40, dtype=torch.float64)}
+    with targets.starts_unchecked():
+        one.setup(20, torch.ones(40, dtype=torch.float64))
+    run, hot = one._running, torch.arange(9000) % 3 == 0
+    stats = one.advance()
+    before = one.fresh_momentum(run.position)
+    before[hot] *= 4.0
+    run.state = run.state._replace(momentum=before)
+    one.adapt(stats)
+    after = run.state.momentum
+    assert torch.equal(after[~hot], before[~hot]) and not (after[hot] == before[hot]).any()
+    assert_variance("momentum", after[hot].numpy().ravel(), 0.5 * 2.0)
+
+
+def test_far_from_the_posterior_sghmc_keeps_no_momentum():
+    """Where gradients are ten times hotter than T, after the first 75 draws and up to the middle of warm-up."""
+    curvature = torch.ones(5, dtype=torch.float64)
+    one = SGHMC(targets.gaussian, step_size="auto", friction=1.0, compile="fx")
+    one.num_chains, one.initial_params = 4, {"z": torch.randn(4, 5, dtype=torch.float64)}
+    one.setup(400, curvature)
+    run, kept = one._running, []
+    for draw in range(1, 401):
+        one.advance()
+        if draw in (100, 250):
+            run.place(run.position + 1e3)
+        kept.append(float(run.numbers_at(0)[2]) > 0.0)  # exp(−hC/M) of the momentum, 0 where it is drawn afresh
+    assert not any(kept[:74]) and all(kept[74:109])  # measured after every tenth draw
+    assert not any(kept[109:112]), "on the way down"
+    assert any(kept[112:199]), "there"
+    assert all(kept[199:]), "from the middle of warm-up on"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def quick(tmp_path_factory):
     return finished
 
 
-SLOW = ["uci_regression.py"]
+SLOW = ["digits.py", "gap_regression.py", "uci_regression.py"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in WRITES])

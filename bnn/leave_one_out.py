@@ -67,7 +67,7 @@ def loo_report(idata: Any, *, var_name: str | None = None) -> LOOReport:
     :param idata: data of ArviZ with the group ``log_likelihood``, as ``bnn.to_arviz`` gives them.
     :param var_name: the observed site, if there are several.
     :raises ValueError: without the group, for fewer than 25 draws, for densities that are NaN or infinite, for several
-        sites without ``var_name``.
+        sites without ``var_name``; under ArviZ 1.x, for a chain that stood still.
 
     >>> import numpy as np
     >>> from bnn import loo_report
@@ -139,7 +139,14 @@ def _loo(densities: np.ndarray) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Estimated shape parameter", category=UserWarning)
         warnings.filterwarnings("ignore", message="The point-wise LOO is the same", category=UserWarning)
-        found = arviz.loo(data, pointwise=True, var_name="y", reff=_relative_efficiency(densities), **_log_scale(arviz))
+        efficiency = _relative_efficiency(densities)
+        try:
+            found = arviz.loo(data, pointwise=True, var_name="y", reff=efficiency, **_log_scale(arviz))
+        except ValueError as error:  # ArviZ 1.x refuses where the smallest densities of a row are all equal
+            raise ValueError(
+                f"ArviZ cannot smooth the weights of some row ({error}): many draws repeat one density, as those of a "
+                "chain that stood still or diverged. Leave such chains out."
+            ) from error
     old = not hasattr(found, "elpd")
     return {
         "elpd": float(found["elpd_loo"] if old else found.elpd),

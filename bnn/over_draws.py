@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 # So many draws run at once that the largest tensor inside the model stays below this many numbers.
 LARGEST_TENSOR = 1 << 22
 
+# Of a net with more weights than this, draws run one after another on a CPU: vectorizing would copy the weights.
+LARGEST_NET = 1 << 17
+
 # Laws that can be drawn from for many draws at once; others differ from their loop, warn, or are not implemented there.
 DRAWN_AT_ONCE = {
     "Bernoulli", "Categorical", "Gamma", "HalfNormal", "Laplace", "LogNormal", "MultivariateNormal", "Normal",
@@ -59,7 +62,9 @@ class OverDraws:
         """
         at_once = max(1, self.largest_tensor // self.meter.largest)
         on_cpu = next(iter(self.draws.values())).device.type == "cpu"
-        slow = at_once == 1 or (on_cpu and self.meter.convolves)  # a convolution per draw gains nothing on a CPU
+        numbers = sum(value.numel() for value in self.first.values())
+        # On a CPU a convolution per draw gains nothing either.
+        slow = at_once == 1 or (on_cpu and (self.meter.convolves or numbers > LARGEST_NET))
         if self._vectorizes.setdefault(kind, not slow and drawn <= DRAWN_AT_ONCE):
             try:
                 result = self._vectorized(one, at_once)

@@ -60,3 +60,18 @@ def test_every_line(leave_one_out):
     expected = found["elpd_loo"] if hasattr(arviz, "waic") else found.elpd
     assert leave_one_out.loo_report(smooth).elpd == pytest.approx(expected, rel=1e-3)
     assert not {"torch", "pyro"} & {name.split(".")[0] for name in vars(leave_one_out)}
+
+
+def test_a_chain_that_stood_still(leave_one_out):
+    """ArviZ 0.x says what it can of it; ArviZ 1.x refuses, and the message says why."""
+    import arviz
+
+    densities = np.random.default_rng(0).normal(-1.0, 0.2, (4, 100, 3))
+    densities[0] = -9.0  # a hundred draws of the smallest density
+    groups = {"log_likelihood": {"y": densities}, "posterior": {"z": densities[..., 0]}}
+    data = leave_one_out.assemble(groups)
+    if hasattr(arviz, "waic"):
+        assert leave_one_out.loo_report(data).lines
+    else:
+        with pytest.raises(ValueError, match="repeat one density, as those of a chain that stood still or diverged"):
+            leave_one_out.loo_report(data)

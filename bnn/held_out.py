@@ -37,7 +37,7 @@ def score(
     :param memory: bytes that may be held at once, besides a sample of y for each draw.
     :param model_kwargs: keyword arguments of the model.
     :return: score -> (value, standard error over rows); with several observed sites a dict of these, by site.
-    :raises ValueError: as :func:`bnn.predict`, or if the arguments hold no targets.
+    :raises ValueError: as :func:`bnn.predict`, or if the arguments hold no targets, or masked rows.
     :raises ImportError: without torchmetrics and scoringrules, ``pip install "pyro-bnn[report]"``.
 
     >>> import pyro, torch, pyro.distributions as dist
@@ -53,19 +53,21 @@ def score(
     """
     kwargs = dict(model_kwargs or {})
     known = draws_of(posterior, model=model, num_samples=num_samples, args=args, kwargs=kwargs)
-    wanted = {"log_likelihood": True, "observed_data": True}
-    groups = evaluate(known.model, args, kwargs, known.values, wanted).values
-    observed = groups.get("observed_data", {})
+    run = (known.model, args, kwargs, known.values)
+    observed = evaluate(*run, {"observed_data": True}).values.get("observed_data", {})
     if not observed:
         raise ValueError("the arguments hold no targets to score: call score(posterior, x, y).")
+    densities = evaluate(*run, {"log_likelihood": True}).values["log_likelihood"]
+    for name, density in densities.items():
+        masked = int((density == 0.0).all(0).sum()) if density.dim() > 1 else 0
+        if masked:
+            raise ValueError(f"site {name!r} is masked in {masked} rows: score the rows that are not.")
     times = math.ceil(FEWEST_SAMPLES / len(next(iter(known.values.values()))))
     values = {name: value.repeat_interleave(times, 0) for name, value in known.values.items()}
     repeated = replace(known, values=values)
     found = predict(repeated, *args, sites=sorted(observed), samples=True, memory=memory, model_kwargs=kwargs)
     predictions = {found.name: found} if isinstance(found, Prediction) else found
-    scores = {
-        name: _scores(predictions[name], observed[name], groups["log_likelihood"][name]) for name in sorted(observed)
-    }
+    scores = {name: _scores(predictions[name], observed[name], densities[name]) for name in sorted(observed)}
     return next(iter(scores.values())) if len(scores) == 1 else scores
 
 

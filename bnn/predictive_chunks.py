@@ -192,7 +192,7 @@ def _sites(trial: TargetReader, sites: Sequence[str] | None, known: PosteriorDra
     lacking = [name for name in lacking if name not in (sites or ())]
     if lacking:
         raise ValueError(
-            f"the draws lack the latent sites {lacking}: it would be drawn from its prior. Run with all sites "
+            f"the draws lack the latent sites {lacking}, which would be drawn from the prior. Run with all sites "
             "(save_params=None), or name what is to be predicted by sites=."
         )
     if not trial.targets:

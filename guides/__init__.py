@@ -1,8 +1,15 @@
 """Variational guides for `pyro.infer.SVI`."""
 
+from bnn.guides._energies import PerMember as PerMember
 from bnn.guides.eigen_normal import AutoEigenNormal as AutoEigenNormal
+from bnn.guides.ensemble import AutoEnsemble as AutoEnsemble
+from bnn.guides.ensemble_elbo import TraceEnsemble_ELBO as TraceEnsemble_ELBO
 from bnn.guides.factorized_normal import AutoFactorizedNormal as AutoFactorizedNormal
 from bnn.guides.matrix_normal import AutoMatrixNormal as AutoMatrixNormal
 from bnn.guides.natural_gradient import TraceNaturalGradient_ELBO as TraceNaturalGradient_ELBO
 from bnn.guides.natural_gradient_descent import NaturalGradientDescent as NaturalGradientDescent
 from bnn.guides.natural_gradient_descent import NaturalGradientOptimizer as NaturalGradientOptimizer
+from bnn.guides.repulsion import FunctionRepulsion as FunctionRepulsion
+from bnn.guides.repulsion import GaussianKernel as GaussianKernel
+from bnn.guides.repulsion import SteinRepulsion as SteinRepulsion
+from bnn.guides.repulsion import WeightRepulsion as WeightRepulsion

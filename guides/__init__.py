@@ -1,10 +1,13 @@
 """Variational guides for `pyro.infer.SVI`."""
 
 from bnn.guides._energies import PerMember as PerMember
+from bnn.guides.dropout import AutoDropout as AutoDropout
 from bnn.guides.eigen_normal import AutoEigenNormal as AutoEigenNormal
 from bnn.guides.ensemble import AutoEnsemble as AutoEnsemble
 from bnn.guides.ensemble_elbo import TraceEnsemble_ELBO as TraceEnsemble_ELBO
 from bnn.guides.factorized_normal import AutoFactorizedNormal as AutoFactorizedNormal
+from bnn.guides.ivon import IVON as IVON
+from bnn.guides.ivon import AutoIVON as AutoIVON
 from bnn.guides.matrix_normal import AutoMatrixNormal as AutoMatrixNormal
 from bnn.guides.natural_gradient import TraceNaturalGradient_ELBO as TraceNaturalGradient_ELBO
 from bnn.guides.natural_gradient_descent import NaturalGradientDescent as NaturalGradientDescent
@@ -13,3 +16,5 @@ from bnn.guides.repulsion import FunctionRepulsion as FunctionRepulsion
 from bnn.guides.repulsion import GaussianKernel as GaussianKernel
 from bnn.guides.repulsion import SteinRepulsion as SteinRepulsion
 from bnn.guides.repulsion import WeightRepulsion as WeightRepulsion
+from bnn.guides.snapshots import AutoSnapshots as AutoSnapshots
+from bnn.guides.swag import AutoSWAG as AutoSWAG

@@ -144,9 +144,13 @@ class AutoEnsemble(FlatGuide):
     @torch.no_grad()
     def flat_draws(self, num_samples: int) -> Tensor:
         """Members: each equally often where their number divides ``num_samples``, else the rest at random."""
-        whole, rest = divmod(num_samples, self.members)
-        chosen = torch.cat([torch.arange(self.members).repeat(whole), torch.randperm(self.members)[:rest]])
-        return self.positions.detach()[chosen.to(self.positions.device)]
+        return self.positions.detach()[self.chosen(num_samples).to(self.positions.device)]
+
+    def chosen(self, num_samples: int, count: int | None = None) -> Tensor:
+        """So many numbers below ``count`` (the members), each equally often, as far as that goes."""
+        count = self.members if count is None else count
+        whole, rest = divmod(num_samples, count)
+        return torch.cat([torch.arange(count).repeat(whole), torch.randperm(count)[:rest]])
 
     @torch.no_grad()
     def flat_median(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from bnn.guides._energies import PerMember as PerMember
 from bnn.guides.dropout import AutoDropout as AutoDropout
+from bnn.guides.dropout_elbo import TraceDropout_ELBO as TraceDropout_ELBO
+from bnn.guides.dropout_elbo import explicit_regularizer as explicit_regularizer
 from bnn.guides.eigen_normal import AutoEigenNormal as AutoEigenNormal
 from bnn.guides.ensemble import AutoEnsemble as AutoEnsemble
 from bnn.guides.ensemble_elbo import TraceEnsemble_ELBO as TraceEnsemble_ELBO

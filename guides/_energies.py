@@ -70,7 +70,7 @@ class Energies:
     def __call__(
         self, positions: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Energies ``(points,)``, gradients ``(points, dim)``, and those of the model's own parameters, summed.
+        """Energies ``(points,)``, gradients ``(points, dim)``, and those of the model's own parameters per point.
 
         Where the model subsamples, each point sees a minibatch of its own.
         """
@@ -94,7 +94,7 @@ class Energies:
         if self._program is None:
             self._program = self._recorded(tensors)
         energies, grads, *others = self._program(*tensors)
-        return energies, grads, [other.sum(0) for other in others]
+        return energies, grads, list(others)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -145,7 +145,7 @@ class Energies:
             energies.append(energy.detach())
             grads.append(grad)
             others.append(rest)
-        return torch.stack(energies), torch.stack(grads), [torch.stack(g).sum(0) for g in zip(*others, strict=True)]
+        return torch.stack(energies), torch.stack(grads), [torch.stack(g) for g in zip(*others, strict=True)]
 
     def _values(self, position: Tensor) -> tuple[dict[str, Tensor], Tensor | float]:
         values: dict[str, Tensor] = {}

@@ -70,51 +70,70 @@ class TraceEnsemble_ELBO(Trace_ELBO):
         self.repulsion, self.compile = repulsion, compile
         self._energies: weakref.WeakKeyDictionary[Any, dict[Any, Energies]] = weakref.WeakKeyDictionary()
 
+    # ---- what Pyro asks for
+
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss; gradients are left in ``.grad``."""
-        points, energies, gradients, own, leaves = self._evaluated(model, guide, args, kwargs)
-        weight = 1.0 if isinstance(guide, AutoEnsemble) else 1.0 / len(points)
+        points, evaluate = self._prepared(model, guide, args, kwargs)
+        in_loss, in_gradient = self.weights(points)
+        energies, gradients, own = evaluate(points, args, kwargs)
         with torch.enable_grad():
-            log_q = sum(guide.log_density(points).values(), torch.zeros(len(points), device=points.device))
-            extra = log_q.sum()
-            if extra.requires_grad:
-                (more,) = torch.autograd.grad(extra, points, retain_graph=True)
+            log_q = sum(guide.log_density(points).values(), torch.zeros_like(in_loss))
+            if log_q.requires_grad:
+                (more,) = torch.autograd.grad(log_q.sum(), points, retain_graph=True)
                 gradients = gradients + more
-        loss = weight * float(energies.sum() + extra.detach())
+        loss = float(in_loss @ (energies + log_q.detach()))
         if self.repulsion is not None:
             gradients = self.repulsion(guide, points.detach(), gradients)
         _check(loss, gradients, guide)
-        points.backward(weight * gradients)
-        for leaf, grad in zip(leaves, own, strict=True):
-            leaf.grad = weight * grad.reshape(leaf.shape)
-        tell([], leaves)
+        points.backward(in_gradient[:, None] * gradients)
+        for leaf, grad in zip(evaluate.parameters, own, strict=True):
+            leaf.grad = torch.tensordot(in_gradient.to(grad.dtype), grad, 1).reshape(leaf.shape)
+        tell([], evaluate.parameters)
         return loss
 
     @torch.no_grad()
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """The loss alone."""
-        points, energies, *_ = self._evaluated(model, guide, args, kwargs)
-        weight = 1.0 if isinstance(guide, AutoEnsemble) else 1.0 / len(points)
-        return weight * float(energies.sum() + sum(t.sum() for t in guide.log_density(points).values()))
+        points, evaluate = self._prepared(model, guide, args, kwargs)
+        energies, *_ = evaluate(points, args, kwargs)
+        in_loss, _ = self.weights(points)
+        return float(in_loss @ sum(guide.log_density(points).values(), energies))
 
-    def _evaluated(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if not isinstance(guide, FlatGuide):
-            raise ValueError(
-                f"the guide is {type(guide).__name__}, which is no ensemble: use AutoEnsemble, AutoSWAG, "
-                "AutoSnapshots or AutoDropout of bnn.guides, or pyro.infer.Trace_ELBO with this guide."
-            )
+    # ---- for subclasses
+
+    def points(self, guide: FlatGuide) -> Tensor:
+        """Where the model is evaluated, ``(points, dim)``, differentiable in the guide's parameters.
+
+        :raises ValueError: for a repulsion without an ensemble.
+        """
         if self.repulsion is not None and not isinstance(guide, AutoEnsemble):
             raise ValueError(f"repulsion= keeps members of an ensemble apart; {type(guide).__name__} has none.")
+        self._whole = isinstance(guide, AutoEnsemble)
+        return guide.particles(self.num_particles)
+
+    def weights(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """What each point counts in the loss and in its gradient."""
+        weights = points.new_full((len(points),), 1.0 if self._whole else 1.0 / len(points))
+        return weights, weights
+
+    def _prepared(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Energies]:
+        if not isinstance(guide, FlatGuide):
+            raise ValueError(
+                f"the guide is {type(guide).__name__}, which has no points to move: use AutoEnsemble, AutoSWAG, "
+                "AutoSnapshots, AutoDropout or AutoIVON of bnn.guides, or pyro.infer.Trace_ELBO with this guide."
+            )
         if not guide.is_set_up:
             first_args, first_kwargs = for_one(args, kwargs)
             poutine.block(guide)(*first_args, **first_kwargs)
-        points = guide.particles(self.num_particles)
+        points = self.points(guide)
         known = self._energies.setdefault(guide, {})
         key = id(model), len(points), _kind(args, kwargs)
         if key not in known:
             known[key] = Energies(model, args, kwargs, len(points), self.compile)
-        energies, gradients, own = known[key](points, args, kwargs)
-        return points, energies, gradients, own, known[key].parameters
+        return points, known[key]
 
 
 def _kind(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

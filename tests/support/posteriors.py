@@ -24,6 +24,7 @@ from bnn.guides import (
     AutoSWAG,
     GaussianKernel,
     SteinRepulsion,
+    TraceDropout_ELBO,
     TraceEnsemble_ELBO,
     WeightRepulsion,
 )
@@ -85,6 +86,7 @@ POSTERIORS = [
     PosteriorCase("snapshots", AutoSnapshots, TraceEnsemble_ELBO, collects=True),
     PosteriorCase("dropout", lambda model: AutoDropout(model, 0.2)),
     PosteriorCase("dropout_masks", lambda model: AutoDropout(model, 0.2), lambda: TraceEnsemble_ELBO(num_particles=3)),
+    PosteriorCase("dropout_noise", AutoDropout, lambda: TraceDropout_ELBO(masks=3, noise=1.0)),
     PosteriorCase("ivon", lambda model: AutoIVON(model, num_data=20), TraceEnsemble_ELBO, optimizer=IVON),
     PosteriorCase("factorized", AutoFactorizedNormal),
     PosteriorCase("pyro_normal", AutoNormal, ours=False),

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from pyro.infer import Trace_ELBO
 from scipy import stats
 
-from bnn.guides import AutoDropout, TraceEnsemble_ELBO
+from bnn.guides import (
+    AutoDropout,
+    AutoEnsemble,
+    TraceDropout_ELBO,
+    TraceEnsemble_ELBO,
+    WeightRepulsion,
+    explicit_regularizer,
+)
 from support.checks import ALPHA
 from support.nets import BayesianMLP, data, numbers
 
@@ -94,9 +101,19 @@ def test_the_loss_is_the_mean_energy_in_closed_form(name):
     assert abs(z) < stats.norm.isf(ALPHA / 2), z
 
 
-@pytest.mark.parametrize("masks", [1, 5])
-def test_the_gradients_variance_falls_as_one_over_the_masks(masks):
-    """Mean and covariance of the gradient of M over all masks; the latter over their number."""
+SETTINGS = {
+    "one mask": (1, 1.0, None, 1.0),
+    "five masks": (5, 1.0, None, 0.2),
+    "knocked in": (4, 1.0, 1.0, 1.0),
+    "noise alone": (1, 0.0, 0.6, 0.6),
+    "half": (2, 0.5, 0.3, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_mean_and_variance_of_the_gradient(name):
+    """Mean ∇[U + e (E U(Mζ) − U)] and variance v C, by enumeration of all masks; of k masks plainly C / k."""
+    masks, explicit, noise, share = SETTINGS[name]
     guide, (x, y) = ready(), args()
     loc = {name: value.clone() for name, value in guide.mean().items()}
 
@@ -106,20 +123,72 @@ def test_the_gradients_variance_falls_as_one_over_the_masks(masks):
         return found.flatten()
 
     values, weights = enumerated(gradient)
-    mean = weights @ values
-    variance = weights @ (values - mean).square()
-    kurtosis = weights @ (values - mean) ** 4 / variance**2
-    loss, found = TraceEnsemble_ELBO(num_particles=masks), []
-    for _ in range(1500):
-        guide.loc.grad = None
-        loss.loss_and_grads(linear, guide, x, y)
-        found.append(guide.loc.grad[guide.structure.sites["weight"].slice].clone())
-    found, count = torch.stack(found), 1500
-    z = (found.mean(0) - mean) / (variance / masks / count).sqrt()
-    assert z.abs().max() < stats.norm.isf(ALPHA / 12)
-    excess = (kurtosis - 3) / masks + 3  # of the mean of so many masks
-    ratio = (found - mean).square().mean(0) / (variance / masks)
-    assert ((ratio - 1).abs() < stats.norm.isf(ALPHA / 12) * ((excess - 1) / count).sqrt()).all(), ratio
+    variance = share * (weights @ (values - weights @ values).square())
+    mean = (1 - explicit) * gradient(torch.ones(3)) + explicit * (weights @ values)
+    losses = [TraceDropout_ELBO(masks, explicit=explicit, noise=noise)]
+    losses += [TraceEnsemble_ELBO(num_particles=masks)] * (noise is None)
+    for loss in losses:
+        found, count = [], 1200
+        for _ in range(count):
+            guide.loc.grad = None
+            loss.loss_and_grads(linear, guide, x, y)
+            found.append(guide.loc.grad[guide.structure.sites["weight"].slice].clone())
+        found = torch.stack(found)
+        z = (found.mean(0) - mean) / (variance / count).sqrt()
+        assert z.abs().max() < stats.norm.isf(ALPHA / 12), z
+        squares = (found - mean).square()
+        z = (squares.mean(0) - variance) / (squares.std(0) / math.sqrt(count))
+        assert z.abs().max() < stats.norm.isf(ALPHA / 12), z
+
+
+def test_the_loss_without_noise_and_mask_is_the_energy():
+    guide, (x, y) = ready(), args()
+    found = TraceDropout_ELBO(3, explicit=0.0, noise=2.0).loss(linear, guide, x, y)
+    assert found - constants() == pytest.approx(float(energy(guide.mean()["weight"], guide.mean()["bias"])), rel=1e-12)
+
+
+def test_the_explicit_regularizer_of_linear_regression():
+    """R = ½ p/(1−p) Σ_j |M_j|² Σ_i x_ij² / σ², which is E U(Mζ) − U(M) without the prior's part; and its gradient."""
+    guide, (x, y) = ready(), args()
+    weight = guide.mean()["weight"]
+    scale = 0.5 * RATE / (1 - RATE) * x.square().sum(0) / NOISE**2
+    found = explicit_regularizer(guide, x, y)
+    assert float(found.detach()) == pytest.approx(float((scale * weight.square()).sum()), rel=1e-10)
+    (gradient,) = torch.autograd.grad(found, guide.loc)
+    torch.testing.assert_close(gradient[guide.structure.sites["weight"].slice].reshape(2, 3), 2 * scale * weight)
+
+
+def test_the_explicit_regularizer_of_a_classifier():
+    """½ p/(1−p) Σ_i Σ_j x_ij² M_jᵀ (diag(π_i) − π_i π_iᵀ) M_j, with the class probabilities π."""
+    x, y = numbers(6, 3, seed=3), torch.arange(6) % 4
+
+    def classifier(x, y):
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(4, 3), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Categorical(logits=F.linear(x, weight)), obs=y)
+
+    guide = AutoDropout(classifier, RATE)
+    guide(x, y)
+    weight = guide.mean()["weight"]
+    p = F.linear(x, weight).softmax(-1)
+    fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    wanted = 0.5 * RATE / (1 - RATE) * torch.einsum("ij,kj,ikl,lj->", x.square(), weight, fisher, weight)
+    assert float(explicit_regularizer(guide, x, y).detach()) == pytest.approx(float(wanted), rel=1e-10)
+
+
+def test_the_explicit_regularizer_of_a_net_is_the_sum_over_its_layers():
+    """Against Jacobians with respect to the layers' inputs, by hand."""
+    x, y = data()
+    net = BayesianMLP(12, None)
+    guide = AutoDropout(net, RATE)
+    guide(x, y)
+    values = guide.mean()
+    w1, b1, w2 = values["hidden.weight"], values["hidden.bias"], values["out.weight"]
+    hidden = torch.tanh(x @ w1.T + b1)
+    of_inputs = ((1 - hidden.square())[:, :, None] * w1).mul(w2[0][:, None]).sum(1)
+    total = (of_inputs * x).square().sum() + (w2 * hidden).square().sum()
+    wanted = 0.5 * RATE / (1 - RATE) * total / values["sigma"] ** 2
+    assert float(explicit_regularizer(guide, x, y).detach()) == pytest.approx(float(wanted), rel=1e-8)
 
 
 def test_units_say_what_is_dropped():
@@ -145,8 +214,26 @@ def test_medians_of_entries():
 BAD = {
     "rate": (lambda: AutoDropout(linear, 1.0), "rate is 1.0; give the probability"),
     "no units": (lambda: ready(units=lambda name, shape: None), "has units to drop: give units="),
+    "masks": (lambda: TraceDropout_ELBO(0), "masks is 0; give the number of masks"),
+    "explicit": (lambda: TraceDropout_ELBO(explicit=1.5), "explicit is 1.5; give a weight from 0"),
+    "noise": (lambda: TraceDropout_ELBO(2, noise=0.1), "with explicit=1.0 and 2 masks it is at least 0.5"),
+    "guide": (lambda: TraceDropout_ELBO().loss(linear, AutoEnsemble(linear), *args()), "is for AutoDropout"),
+    "repulsion": (
+        lambda: TraceEnsemble_ELBO(repulsion=WeightRepulsion()).loss(linear, ready(), *args()),
+        "keeps members of an ensemble apart",
+    ),
     "dimension": (lambda: ready(units=lambda name, shape: 2), "units gives dimension 2 for site 'weight'"),
 }
+
+
+def test_no_gauss_newton_matrix():
+    def gamma(x, y):
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(1, 3), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Gamma(2.0, F.linear(x, weight).exp().squeeze(-1)), obs=y)
+
+    with pytest.raises(NotImplementedError, match="not Gamma"):
+        explicit_regularizer(AutoDropout(gamma), numbers(5, 3), numbers(5).exp())
 
 
 @pytest.mark.parametrize("name", BAD)

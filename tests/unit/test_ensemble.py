@@ -347,7 +347,7 @@ BAD = {
     "members": (lambda: AutoEnsemble(linear, 0), ValueError, "members is 0; give the number"),
     "model": (lambda: AutoEnsemble(3), ValueError, "give a Pyro model"),
     "net": (lambda: AutoEnsemble(linear, 2, init_loc_fn="net"), ValueError, "needs a model of bnn.bayesian"),
-    "guide": (lambda: step(AutoFactorizedNormal(linear)), ValueError, "which is no ensemble"),
+    "guide": (lambda: step(AutoFactorizedNormal(linear)), ValueError, "which has no points to move"),
     "particles": (lambda: TraceEnsemble_ELBO(num_particles=0), ValueError, "num_particles is 0"),
     "repulsion": (lambda: TraceEnsemble_ELBO(repulsion=1.0), ValueError, "give WeightRepulsion"),
     "tier": (lambda: TraceEnsemble_ELBO(compile="fast"), ValueError, "is not a tier"),

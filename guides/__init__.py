@@ -14,6 +14,7 @@ from bnn.guides.matrix_normal import AutoMatrixNormal as AutoMatrixNormal
 from bnn.guides.natural_gradient import TraceNaturalGradient_ELBO as TraceNaturalGradient_ELBO
 from bnn.guides.natural_gradient_descent import NaturalGradientDescent as NaturalGradientDescent
 from bnn.guides.natural_gradient_descent import NaturalGradientOptimizer as NaturalGradientOptimizer
+from bnn.guides.pbp import AutoPBP as AutoPBP
 from bnn.guides.repulsion import FunctionRepulsion as FunctionRepulsion
 from bnn.guides.repulsion import GaussianKernel as GaussianKernel
 from bnn.guides.repulsion import SteinRepulsion as SteinRepulsion

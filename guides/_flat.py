@@ -46,7 +46,7 @@ class FlatGuide(KeptGuide):
 
     def position(self) -> Tensor:
         """One draw of z."""
-        raise NotImplementedError
+        return self.flat_draws(1)[0]
 
     def flat_draws(self, num_samples: int) -> Tensor:
         """Draws of z, ``(num_samples, dim)``."""

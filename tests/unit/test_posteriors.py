@@ -19,7 +19,7 @@ SITES = {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
 @each
-def test_predict_arviz_and_report(case, tmp_path):
+def test_predict_and_arviz(case):
     model, (x, y) = small_net(), net_data()
     guide = case.fitted(model)
     found = bnn.predict(guide, x, num_samples=6)
@@ -28,41 +28,37 @@ def test_predict_arviz_and_report(case, tmp_path):
     data = bnn.to_arviz(guide, model_args=(x, y), num_samples=50)
     assert SITES < set(data["posterior"].data_vars)
     assert dict(data["log_likelihood"].sizes)["draw"] == 50
+
+
+@pytest.mark.parametrize("case", [c for c in POSTERIORS if c.reported], ids=[c.name for c in POSTERIORS if c.reported])
+def test_report(case, tmp_path):
+    guide = case.fitted(small_net(), 2)
+    data = bnn.to_arviz(guide, model_args=net_data(), num_samples=50)
     page = bnn.report(data, tmp_path / "report.html").read_text(encoding="utf-8")
     assert type(guide).__name__ in page
 
 
 @ours
-def test_predictive_and_median(case):
-    model, (x, y) = small_net(), net_data()
-    guide = case.fitted(model).eval()
-    draws = Predictive(model, guide=guide, num_samples=7)(x)
-    assert draws["2.weight"].reshape(7, 4).shape == (7, 4) and draws["y"].shape[0] == 7
-    trace = poutine.trace(model).get_trace(x, y)
-    median = guide.median()
-    assert SITES < set(median)
-    for name, value in median.items():
-        assert value.shape == trace.nodes[name]["value"].shape and not value.requires_grad
-        assert trace.nodes[name]["fn"].support.check(value).all()
-
-
-@ours
-def test_pickles_and_copies_draw_alike(case):
-    guide = case.fitted(small_net())
+def test_predictive_median_pickle_and_copy(case):
+    """After steps on minibatches."""
+    model, (x, y) = small_net(batch_size=6), net_data()
+    guide = case.fitted(model, 3)
     for other in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
         drawn = []
         for one in (guide, other):
             pyro.set_rng_seed(3)
             drawn.append(one.draws(5))
         for name, value in drawn[0].items():
-            assert torch.equal(value, drawn[1][name]), name
-        assert other.model is not None and guide.model is not None
-
-
-@ours
-def test_minibatches(case):
-    guide = case.fitted(small_net(batch_size=6))
-    assert all(value.isfinite().all() for value in guide.draws(4).values())
+            assert torch.equal(value, drawn[1][name]) and value.isfinite().all(), name
+        assert other.model is not None and guide.model is model
+    trace = poutine.trace(model).get_trace(x, y)
+    median = guide.median()
+    assert SITES < set(median)
+    for name, value in median.items():
+        assert value.shape == trace.nodes[name]["value"].shape and not value.requires_grad
+        assert trace.nodes[name]["fn"].support.check(value).all()
+    draws = Predictive(model, guide=guide.eval(), num_samples=7)(x)
+    assert draws["2.weight"].reshape(7, 4).shape == (7, 4) and draws["y"].shape[0] == 7
 
 
 def test_particles_of_pyros_own_svgd_reach_prediction():

@@ -104,7 +104,7 @@ class AutoPBP(FlatGuide):
         learned = isinstance(noise, Gaussian) and isinstance(noise.precision, dist.Gamma)
         if not known and not (learned and float(noise.precision.concentration) > 1):
             raise ValueError(
-                f"AutoPBP needs Gaussian noise of a given scale, or precision=dist.Gamma(a, b) with a > 1; it is {noise}."
+                f"AutoPBP needs Gaussian noise of a given scale, or precision=dist.Gamma(a, b) with a > 1, not {noise}."
             )
         self._known_noise = known
 

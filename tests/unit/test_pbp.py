@@ -166,7 +166,7 @@ BAD = {
         lambda: AutoPBP(
             gaussian(torch.nn.Linear(1, 1), noise=bnn.likelihoods.Gaussian(precision=dist.Gamma(1.0, 1.0)))
         ),
-        "with a > 1; it is Gaussian",
+        "with a > 1, not Gaussian",
     ),
     "prior": (
         lambda: AutoPBP(gaussian(torch.nn.Linear(1, 1), prior=bnn.priors.Laplace(1.0)))(numbers(3, 1), numbers(3, 1)),

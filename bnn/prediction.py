@@ -106,7 +106,8 @@ def predict(
     :param args: arguments of the model: new inputs. Without any, those of the run.
     :param model: the model, where ``posterior`` does not know it.
     :param sites: the sites to be predicted; by default those that the run observed.
-    :param num_samples: number of draws: of a run, evenly spaced (all by default); of a guide (1000 by default).
+    :param num_samples: number of draws: of a run, evenly spaced (all by default); of a guide (1000 by default; of
+        an ensemble each member once).
     :param quantiles: levels in (0, 1) at which quantiles of y are estimated from one sample per draw.
     :param samples: whether one sample of y per draw is kept.
     :param draws: whether each draw's mean or probabilities are kept.

@@ -15,6 +15,7 @@ from bnn.guides.natural_gradient import TraceNaturalGradient_ELBO as TraceNatura
 from bnn.guides.natural_gradient_descent import NaturalGradientDescent as NaturalGradientDescent
 from bnn.guides.natural_gradient_descent import NaturalGradientOptimizer as NaturalGradientOptimizer
 from bnn.guides.pbp import AutoPBP as AutoPBP
+from bnn.guides.rank_one import AutoRankOne as AutoRankOne
 from bnn.guides.repulsion import FunctionRepulsion as FunctionRepulsion
 from bnn.guides.repulsion import GaussianKernel as GaussianKernel
 from bnn.guides.repulsion import SteinRepulsion as SteinRepulsion

@@ -79,14 +79,17 @@ class TraceEnsemble_ELBO(Trace_ELBO):
         energies, gradients, own = evaluate(points, args, kwargs)
         with torch.enable_grad():
             log_q = sum(guide.log_density(points).values(), torch.zeros_like(in_loss))
-            if log_q.requires_grad:
-                (more,) = torch.autograd.grad(log_q.sum(), points, retain_graph=True)
-                gradients = gradients + more
         loss = float(in_loss @ (energies + log_q.detach()))
-        if self.repulsion is not None:
+        if self.repulsion is not None:  # forces act on the whole gradient
+            if log_q.requires_grad:
+                gradients = gradients + torch.autograd.grad(log_q.sum(), points, retain_graph=True)[0]
+                log_q = log_q.detach()
             gradients = self.repulsion(guide, points.detach(), gradients)
         _check(loss, gradients, guide)
-        points.backward(in_gradient[:, None] * gradients)
+        outputs, weighted = [points], [in_gradient[:, None] * gradients]
+        if log_q.requires_grad:
+            outputs, weighted = [points, log_q], [*weighted, in_gradient]
+        torch.autograd.backward(outputs, weighted)
         for leaf, grad in zip(evaluate.parameters, own, strict=True):
             leaf.grad = torch.tensordot(in_gradient.to(grad.dtype), grad, 1).reshape(leaf.shape)
         tell([], evaluate.parameters)

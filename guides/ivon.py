@@ -102,8 +102,8 @@ class AutoIVON(FlatGuide):
 
     @pyro_method
     def position(self) -> Tensor:
-        """One draw."""
-        return self.state[0] + self.scale() * torch.randn_like(self.state[0])
+        """One draw, without gradient: Pyro's own ELBOs do not see the Normal priors."""
+        return self.flat_draws(1)[0]
 
     def log_density(self, position: Tensor) -> dict[str, Tensor]:
         """The log Normal priors, up to constants: taken out of the energy, since the optimizer has them exactly."""
@@ -153,14 +153,13 @@ class IVONOptimizer(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             for leaf in group["params"]:
-                if leaf.grad is None:
-                    continue
                 if not hasattr(leaf, SETTINGS):
                     raise ValueError(
-                        "IVON moves the parameter of AutoIVON, under TraceEnsemble_ELBO; for other guides and losses "
-                        "use NaturalGradientDescent or an optimizer of Pyro's."
+                        "IVON moves the parameter of AutoIVON alone, under TraceEnsemble_ELBO; for other guides and "
+                        "losses, and models with parameters of their own, use NaturalGradientDescent."
                     )
-                self._move(leaf, group)
+                if leaf.grad is not None:
+                    self._move(leaf, group)
 
     def _move(self, leaf: Tensor, group: dict[str, Any]) -> None:
         num_data, first, prior, decay = getattr(leaf, SETTINGS)

@@ -133,6 +133,19 @@ def test_models_that_cannot_be_recorded_give_the_same_numbers():
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
+def test_large_nets_run_member_by_member_with_the_same_numbers(monkeypatch):
+    x, y = regression_data()
+    targets, found = PerMember(y + torch.randn(3, 12)), []
+    guide = AutoEnsemble(linear, 3)
+    guide(x, y)
+    for largest in (50_000, 0):
+        monkeypatch.setattr("bnn.guides._energies.LARGEST_VECTORIZED_DIM", largest)
+        guide.positions.grad = None
+        found.append((TraceEnsemble_ELBO().loss_and_grads(linear, guide, x, targets), guide.positions.grad))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
 def test_each_member_has_its_own_minibatches_and_sees_every_row_once_an_epoch():
     """At fixed weights the losses of an epoch average to that of all data, per member; members differ in a step."""
     x, y = regression_data()

@@ -136,7 +136,11 @@ BAD = {
     "clip": (lambda: IVON(clip_radius=-1.0), "clip_radius is -1.0; give a positive"),
     "guide": (
         lambda: SVI(linear, AutoFactorizedNormal(linear), IVON(), Trace_ELBO()).step(*args()),
-        "IVON moves the parameter of AutoIVON",
+        "IVON moves the parameter of AutoIVON alone",
+    ),
+    "loss": (
+        lambda: SVI(linear, AutoIVON(linear, num_data=9), IVON(), Trace_ELBO()).step(*args()),
+        "IVON moves the parameter of AutoIVON alone",
     ),
 }
 

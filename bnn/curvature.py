@@ -63,6 +63,19 @@ class Capture:
         uses = [use for site in sites for use, _ in self.uses.get(site, ())]
         return {source for use in uses for source in use.sources} | {use.node for use in uses}
 
+    @property
+    def shares_data(self) -> bool:
+        """Whether all captured sites have the same data."""
+        return len({self._labelling[site] for site in self.uses}) <= 1
+
+    def of_data(self, site: str, entries: Mapping[str, Tensor]) -> Tensor:
+        """A number of each datum of ``site``, from one of each entry of the observed sites' log densities."""
+        labels = _labellings(self.graph)[self._labelling[site]]
+        result = next(iter(entries.values())).new_zeros(labels.count)
+        for observed, values in entries.items():
+            result[labels.of[observed].to(values.device)] = values
+        return result
+
     def disagreement(
         self,
         values: Mapping[str, Tensor],

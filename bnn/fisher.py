@@ -42,8 +42,8 @@ def probes_of(fn: Any, value: Tensor, curvature: str, label_samples: int = 1) ->
       Normal, for Bernoulli, Categorical and Poisson.
     * ``"empirical"``: the observed labels, as in the noisy Adam of Zhang et al. (2018). Biased, even for linear
       regression.
-    * ``"outputs"``: no curvature, but what the net gives: locations, the logit of a Bernoulli law, the log probabilities
-      of classes. Their gradients are the Jacobian of a linearised predictive.
+    * ``"outputs"``: no curvature, but what the net gives: locations, the logit of a Bernoulli law, log probabilities of
+      classes. Their gradients are the Jacobian of a linearised predictive.
 
     :param fn: the likelihood.
     :param value: the observed labels.

@@ -36,6 +36,7 @@ class Recorded:
     :param curvature: as for :func:`bnn.fisher.probes_of`, or None for no probes.
     :param label_samples: draws of the labels, for ``"sampled"``.
     :raises ValueError: if the likelihood has no such curvature.
+    :raises NotImplementedError: if it has no such outputs.
     """
 
     def __init__(
@@ -54,6 +55,11 @@ class Recorded:
             if self.graph.graph is None:
                 self.graph.terms(self.graph.values_at_recording, inputs)
             for name, why in self.graph.cannot_label.items():
+                if curvature == "outputs":
+                    raise NotImplementedError(
+                        f"site {name!r} has no linearised predictive: {why}. Use bnn.predict(posterior, x), which "
+                        "draws weights."
+                    )
                 raise ValueError(f"the curvature of observed site {name!r} is not known: {why}.")
             recorded = self.graph.graph is not None and curvature is not None
             self.capture = Capture(self.graph, inputs, self.graph.parameters) if recorded else None
@@ -253,10 +259,7 @@ class Reading:
                 (labels.of[name] == numbers.reshape(-1, *(1,) * value.dim())).to(value)
                 for name, value in values.items()
             ]
-            found = torch.autograd.grad(
-                list(values.values()), leaves, picks, is_grads_batched=True, retain_graph=True, materialize_grads=True
-            )
-            yield torch.cat([part.reshape(len(numbers), -1) for part in found], 1)
+            yield _batched(list(values.values()), leaves, picks)
 
 
 def hessian_rows(total: Tensor, leaves: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -279,10 +282,18 @@ def hessian_rows(total: Tensor, leaves: Sequence[Tensor]) -> Iterator[tuple[int,
             continue
         picks = torch.zeros(stop - begin, numel, dtype=flat.dtype, device=flat.device)
         picks[torch.arange(stop - begin), torch.arange(begin, stop)] = 1.0
-        found = torch.autograd.grad(
-            flat, leaves, picks, is_grads_batched=True, retain_graph=True, materialize_grads=True
-        )
-        yield begin, torch.cat([part.reshape(stop - begin, -1) for part in found], 1)
+        yield begin, _batched([flat], leaves, [picks])
+
+
+def _batched(outputs: Sequence[Tensor], leaves: Sequence[Tensor], picks: Sequence[Tensor]) -> Tensor:
+    """Gradients for many cotangents at once ``(cotangents, entries of all leaves)``."""
+    found = torch.autograd.grad(outputs, leaves, picks, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    count = len(picks[0])
+    parts = [
+        leaf.new_zeros(count, leaf.numel()) if part is None else part.reshape(count, -1)
+        for leaf, part in zip(leaves, found, strict=True)
+    ]
+    return torch.cat(parts, 1)
 
 
 def hessian(total: Tensor, leaves: Sequence[Tensor]) -> Tensor:

@@ -33,6 +33,14 @@ Family = Callable[[str, torch.Size], str | None]
 class SavedGuide(AutoGuide):
     """A guide that keeps its model when it is pickled or copied."""
 
+    def _trace_prototype(self, strategy: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Pyro's setup, with the sites where ``strategy`` puts them."""
+        model, self._model = self._model, (InitMessenger(strategy)(self.model),)
+        try:
+            AutoGuide._setup_prototype(self, *args, **kwargs)
+        finally:
+            self._model = model
+
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's own version forgets the model, in the original too. The prototype holds the data: not kept. What Pyro
         # and the ELBO noted on the parameters, such as weak references, cannot be pickled and is noted anew when used.
@@ -88,11 +96,7 @@ class NaturalGuide(SavedGuide):
         return list(self._blocks)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        model, self._model = self._model, (InitMessenger(self._init)(self.model),)
-        try:
-            super()._setup_prototype(*args, **kwargs)
-        finally:
-            self._model = model
+        self._trace_prototype(self._init, args, kwargs)
         values = {}
         prototype: Any = self.prototype_trace
         for name, node in prototype.iter_stochastic_nodes():

@@ -89,8 +89,8 @@ class Evidence:
             return 1.0
         if isinstance(self.noise, str):
             raise ValueError(f"noise= cannot be given: {self.noise}.")
-        if not float(noise) > 0:
-            raise ValueError(f"noise is {float(noise)}; give a positive standard deviation.")
+        if not float(torch.as_tensor(noise).detach()) > 0:
+            raise ValueError(f"noise is {noise}; give a positive standard deviation.")
         return (self.noise.scale / noise) ** 2
 
     def __call__(self, blocks: Sequence[LaplaceBlock], prior: Mapping[str, Tensor], weight: Tensor | float) -> Tensor:

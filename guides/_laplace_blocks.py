@@ -100,9 +100,15 @@ class LaplaceBlock(nn.Module):
     def _not_positive(self, smallest: Tensor, what: str) -> RuntimeError:
         return RuntimeError(
             f"the posterior precision of sites {self.names} is not positive definite: {what} {float(smallest):.3g}. "
-            "Train to a mode of the log joint, give the sites a Normal prior, or take curvature='ggn', which is never "
-            "negative."
+            "Where the prior is flat, the data must determine every direction: give the sites a Normal prior. Else "
+            "train to a mode of the log joint, or take curvature='ggn', which is never negative."
         )
+
+
+def _is_positive(curvature: Tensor, precision: Tensor, prior: Tensor) -> bool:
+    """Whether all are; what rounding leaves of a zero does not count."""
+    rounding = 10 * torch.finfo(curvature.dtype).eps * curvature.abs().max()
+    return bool((precision > torch.where(prior > 0, 0.0, rounding)).all())
 
 
 class DiagonalBlock(LaplaceBlock):
@@ -126,8 +132,9 @@ class DiagonalBlock(LaplaceBlock):
 
     def settle(self, prior: Prior, weight: float) -> None:
         """Its inverse root."""
-        precision = weight * self.curvature + self._prior(prior)
-        if not bool((precision > 0).all()):
+        own = self._prior(prior)
+        precision = weight * self.curvature + own
+        if not _is_positive(weight * self.curvature, precision, own):
             raise self._not_positive(precision.min(), "its smallest entry is")
         self.sd = precision.rsqrt()
 
@@ -187,8 +194,9 @@ class EigenBlock(LaplaceBlock):
 
     def settle(self, prior: Prior, weight: float) -> None:
         """Its inverse root in the basis; a prior that differs by entry counts by its mean."""
-        precision = weight * self.curvature + prior[self.names[0]].mean()
-        if not bool((precision > 0).all()):
+        own = prior[self.names[0]].mean()
+        precision = weight * self.curvature + own
+        if not _is_positive(weight * self.curvature, precision, own):
             raise self._not_positive(precision.min(), "its smallest eigenvalue is")
         self.sd = precision.rsqrt()
 

@@ -137,7 +137,9 @@ class Fit:
             reading = Reading(chunk, point)
             leaves = [reading.leaves[name] for name in sites]
             if curvature is None:
-                curvature = Curvature(self.structure, sites, self._missed(reading), chunk.recorded)
+                missed = self._missed(reading)
+                self._sees_all(missed)
+                curvature = Curvature(self.structure, sites, missed, chunk.recorded)
                 priors = self._priors(reading)
                 for name, part in zip(sites, _gradients(self._log_prior(reading), leaves), strict=True):
                     gradient[name] += part
@@ -169,6 +171,15 @@ class Fit:
         seen = _reached(reading.log_likelihood, reading.leaves)
         by_probes = _reached(total_of(v for probe in reading.probes for v in probe.values()), reading.leaves)
         return {name for name in names if name in seen and name not in by_probes}
+
+    def _sees_all(self, missed: set[str]) -> None:
+        """:raises ValueError: if a Gauss-Newton matrix would see a part of what a site does."""
+        partly = [name for name in self._sites_of_scales() if name in self.sites and name not in missed]
+        if self.curvature == "ggn" and partly:
+            raise ValueError(
+                f"curvature='ggn' sees the location of the likelihood, whose scale depends on sites {partly} too: give "
+                "curvature='sampled' or 'hessian'."
+            )
 
     # ---- the prior
 
@@ -241,7 +252,7 @@ class Fit:
         if not math.isclose(total, log_likelihood, rel_tol=1e-4, abs_tol=1e-3):
             return "the likelihood is masked or scaled"
         (scale,) = scales
-        structure, depends = self.first.graph.structure, self._scale_depends_on(scale)
+        structure, depends = self.first.graph.structure, self._sites_of_scales()
         inside = [name for name in depends if name in self.sites]
         if inside:
             return f"the noise depends on sites {inside} of the approximation, which integrates over it"
@@ -253,8 +264,8 @@ class Fit:
         ]
         return Noise(scale, count, held[0] if len(depends) == 1 and held else None)
 
-    def _scale_depends_on(self, scale: float) -> list[str]:
-        """Sites that the standard deviation of the likelihood changes with."""
+    def _sites_of_scales(self) -> list[str]:
+        """Sites that the scales of the likelihoods with a location change with."""
         graph = self.first.graph
         args, kwargs = self.example
         rows = {plate.name: torch.arange(plate.batch_size) for plate in graph.plates}
@@ -262,8 +273,15 @@ class Fit:
             leaves = {name: z.detach().clone().requires_grad_() for name, z in self.point.items()}
             values = {name: graph.structure.sites[name].constrain(z) for name, z in leaves.items()}
             targets = read_targets(self.model, values, Window(args, kwargs, rows), drawn=False).targets
-            total = total_of(torch.as_tensor(base_of(target.fn).scale) for target in targets.values())
-            return sorted(_reached(total, leaves))
+            laws = [base_of(target.fn) for target in targets.values()]
+            scales = [
+                getattr(law, name)
+                for law in laws
+                if isinstance(law, (dist.Normal, dist.StudentT, dist.MultivariateNormal))
+                for name in ("scale", "df", "scale_tril")
+                if hasattr(law, name)
+            ]
+            return sorted(_reached(total_of(torch.as_tensor(scale) for scale in scales), leaves))
 
     # ---- the mode
 

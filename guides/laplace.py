@@ -20,7 +20,7 @@ from typing import Any, Literal
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, init_to_value
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
@@ -31,6 +31,7 @@ from bnn.guides._laplace_blocks import LaplaceBlock
 from bnn.guides._laplace_curvature import STRUCTURES
 from bnn.guides._laplace_fit import CURVATURES, Fit
 from bnn.guides._linearised import Outputs, outputs_of, prediction_of
+from bnn.minibatch import Arguments
 
 
 class Laplace(SavedGuide):
@@ -135,10 +136,10 @@ class Laplace(SavedGuide):
         fit = Fit(self.model, self.structure, self.curvature, self.label_samples, args, kwargs, batches)
         if guide is None and not given:
             raise RuntimeError("this Laplace was pickled before it was fitted and lost its guide: make it anew.")
-        self._setup_prototype(*fit.example[0], **fit.example[1])
+        values = given if guide is None else _median(guide, fit.example)
+        self._trace_prototype(init_to_value(values=dict(values)), *fit.example)
         prototype: Any = self.prototype_trace
         sites = {name: latent_site(name, node) for name, node in prototype.iter_stochastic_nodes()}
-        values = given if guide is None else guide.median(*fit.example[0], **fit.example[1])
         missing = sorted(set(sites) - set(values))
         if missing:
             raise ValueError(f"the point has no values of the sites {missing}: give all of {sorted(sites)}.")
@@ -333,3 +334,12 @@ class Laplace(SavedGuide):
         # The guide is no longer needed; Pyro's own would lose its model by being pickled.
         state = super().__getstate__()
         return {**state, "_source": (None, self._source[1])}
+
+
+def _median(guide: AutoGuide, example: Arguments) -> Mapping[str, Tensor]:
+    try:
+        return guide.median(*example[0], **example[1])
+    except NotImplementedError:
+        raise ValueError(
+            f"guide {type(guide).__name__} has no median: give point=, the values of all sites at the mode."
+        ) from None

@@ -79,6 +79,28 @@ class Fit:
         """The model at the first chunk's arguments."""
         return self._record(*self.example)
 
+    def unconstrained(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The point in unconstrained space.
+
+        :param values: of the sites.
+        :raises ValueError: if some are lacking, have another shape or are not finite.
+        """
+        sites, result = self.first.graph.structure.sites, {}
+        missing = sorted(set(sites) - set(values))
+        if missing:
+            raise ValueError(f"the point has no values of the sites {missing}: give all of {sorted(sites)}.")
+        for name, site in sites.items():
+            value = torch.as_tensor(values[name]).detach().to(site.dtype)
+            if value.shape != site.value_shape:
+                raise ValueError(
+                    f"the point of site {name!r} has shape {tuple(value.shape)}, in the model it has "
+                    f"{tuple(site.value_shape)}."
+                )
+            result[name] = value if site.transform is None else site.transform.inv(value)
+            if not bool(torch.isfinite(result[name]).all()):
+                raise ValueError(f"the point of site {name!r} is not finite, or on the edge of its support.")
+        return result
+
     # ---- which sites
 
     def choose(self, asked: Sequence[str] | str | None, sites: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from pyro.infer.autoguide import AutoGuide, init_to_value
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
+from bnn.guide_draws import model_of
 from bnn.guides._base import SavedGuide, latent_site
 from bnn.guides._blocks import LatentSite
 from bnn.guides._evidence import Evidence, maximize
@@ -109,7 +110,7 @@ class Laplace(SavedGuide):
             )
         if not isinstance(label_samples, int) or label_samples < 1:
             raise ValueError(f"label_samples is {label_samples!r}; give the number of draws of the labels, 1 or more.")
-        super().__init__(guide.model if is_guide else guide)
+        super().__init__(model_of(guide) if is_guide else guide)
         self.structure, self.curvature, self.label_samples = structure, curvature, label_samples
         self._asked = sites if sites is None or isinstance(sites, str) else tuple(sites)
         # In a tuple, so that the parameters of the guide are not this one's.
@@ -136,20 +137,11 @@ class Laplace(SavedGuide):
         fit = Fit(self.model, self.structure, self.curvature, self.label_samples, args, kwargs, batches)
         if guide is None and not given:
             raise RuntimeError("this Laplace was pickled before it was fitted and lost its guide: make it anew.")
-        values = given if guide is None else _median(guide, fit.example)
-        self._trace_prototype(init_to_value(values=dict(values)), *fit.example)
+        values = dict(given if guide is None else _median(guide, fit.example))
+        point = fit.unconstrained(values)
+        self._trace_prototype(init_to_value(values=values), *fit.example)
         prototype: Any = self.prototype_trace
         sites = {name: latent_site(name, node) for name, node in prototype.iter_stochastic_nodes()}
-        missing = sorted(set(sites) - set(values))
-        if missing:
-            raise ValueError(f"the point has no values of the sites {missing}: give all of {sorted(sites)}.")
-        point = {n: biject_to(s.support).inv(torch.as_tensor(values[n]).detach()) for n, s in sites.items()}
-        for name, value in point.items():
-            if value.shape != sites[name].shape or not bool(torch.isfinite(value).all()):
-                raise ValueError(
-                    f"the point of site {name!r} has unconstrained shape {tuple(value.shape)}, or is not finite; the "
-                    f"model has {tuple(sites[name].shape)}."
-                )
         included = fit.choose(self._asked, list(sites))
         blocks = fit.run({name: sites[name] for name in included}, point)
         self._sites, self._evidence = sites, fit.evidence

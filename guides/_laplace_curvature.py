@@ -15,6 +15,7 @@ Sites that the probes do not see, such as the scale of a Normal, have the Hessia
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from bnn.guides._all_data import Reading, Recorded, hessian, hessian_diagonal
 from bnn.guides._base import LARGEST_SIDE
 from bnn.guides._blocks import LatentSite
 from bnn.guides._laplace_blocks import DenseBlock, DiagonalBlock, EigenBlock, LaplaceBlock
+from bnn.layers import Use
+from bnn.per_datum import Block as Data
 from bnn.per_datum import PerDatum, Place, per_datum
 
 STRUCTURES = ("diagonal", "kronecker", "eigenbasis", "full")
@@ -70,6 +73,7 @@ class Curvature:
 
     def add(self, reading: Reading) -> None:
         """One chunk of the first pass."""
+        self.like = next(iter(reading.leaves.values())).detach()
         if self.structure == "full":
             self._add_full(reading)
             return
@@ -86,6 +90,12 @@ class Curvature:
                 self._sum("dense", name, hessian(-reading.log_likelihood, [leaf]))
             else:
                 self._sum("diagonal", name, hessian_diagonal(-reading.log_likelihood, leaf))
+
+    def _get(self, kind: str, name: str) -> Tensor:
+        """A sum; zero for a site that the likelihood does not depend on."""
+        numel = self.sites[name].shape.numel()
+        zero = self.like.new_zeros((numel, numel) if kind == "dense" else numel)
+        return self.sums.get((kind, name), zero)
 
     def _sum(self, kind: str, name: str, value: Tensor) -> None:
         value = value.detach()
@@ -114,7 +124,7 @@ class Curvature:
                 self._sum("outputs", name, found.row_gram())
                 self._sum("inputs", name, found.column_gram())
                 continue
-            self._sum("outputs", name, total_of_grams([g for _, g in found.pieces]))
+            self._sum("outputs", name, _grams([g for _, g in found.pieces]))
             if first:  # inputs are the same for all probes
                 counted = reading.counted(name)
                 starts = list({block.start: block.count for _, block in self._uses(reading, name)}.items())
@@ -123,18 +133,18 @@ class Curvature:
                     self._sum("inputs", name, (a * weight).flatten(0, 1).T @ a.flatten(0, 1))
                     self._sum("count", name, weight.sum() * a.shape[1])
 
-    def _uses(self, reading: Reading, name: str) -> list:
+    def _uses(self, reading: Reading, name: str) -> list[tuple[Use, Data]]:
         assert reading.capture is not None
         return reading.capture.uses[name]
 
-    def _per_datum(self, reading: Reading, name: str, grads: Mapping) -> tuple[PerDatum, bool]:
+    def _per_datum(self, reading: Reading, name: str, grads: Mapping[Any, Tensor]) -> tuple[PerDatum, bool]:
+        """The gradients per datum of a layer's site, and whether it is a weight always met the same way round."""
         uses, shape = self._uses(reading, name), self.sites[name].shape
         rows, cols = _matrix_shape(shape)
         numbers = torch.arange(rows * cols)
         place = Place(numbers // cols, numbers % cols)
         if self.layers[name]:
             place, rows, cols = Place(numbers % cols, numbers // cols), cols, rows
-        # Entries of a vector are in both its uses' rows and columns: exact sums serve.
         straight = all(
             use.weight is not None
             and use.weight.site == name
@@ -154,7 +164,8 @@ class Curvature:
     def set_bases(self) -> None:
         """Eigenvectors of the factors."""
         for name in self.layers:
-            self.bases[name] = tuple(torch.linalg.eigh(factor)[1] for factor in self._factors(name))  # type: ignore
+            outputs, inputs = self._factors(name)
+            self.bases[name] = torch.linalg.eigh(outputs)[1], torch.linalg.eigh(inputs)[1]
 
     def correct(self, reading: Reading) -> None:
         """One chunk of the second pass."""
@@ -182,8 +193,7 @@ class Curvature:
             starts, total = {}, 0
             for name, size in sizes.items():
                 starts[name], total = total, total + size
-            like = next(iter(self.sums.values()))
-            matrix = like.new_zeros(total, total)
+            matrix = self.like.new_zeros(total, total)
             for kind, names in (("seen", self.seen), ("missed", self.missed)):
                 if ("full", kind) in self.sums:
                     order = torch.cat([torch.arange(starts[n], starts[n] + sizes[n]) for n in names])
@@ -202,11 +212,11 @@ class Curvature:
                     values = of_rows.clamp_min(0)[:, None] * of_cols.clamp_min(0)
                 result.append(EigenBlock(site, rows, cols, values, self.layers[name]))
             elif name in self.dense:
-                result.append(DenseBlock([site], self.sums["dense", name], prior_hessians.get(name)))
+                result.append(DenseBlock([site], self._get("dense", name), prior_hessians.get(name)))
             else:
                 rest.append(site)
         if rest:
-            flat = torch.cat([self.sums["diagonal", site.name].reshape(-1) for site in rest])
+            flat = torch.cat([self._get("diagonal", site.name) for site in rest])
             result.append(DiagonalBlock(rest, flat))
         return result
 
@@ -221,7 +231,7 @@ def _position(place: Place, cols: int) -> Tensor:
     return place.rows * cols + place.columns
 
 
-def total_of_grams(parts: Sequence[Tensor]) -> Tensor:
+def _grams(parts: Sequence[Tensor]) -> Tensor:
     """Σ gᵀ g over rows."""
     return torch.as_tensor(sum(g.flatten(0, 1).T @ g.flatten(0, 1) for g in parts))
 

@@ -370,3 +370,20 @@ def test_evidence_of_other_priors_is_that_of_another_model():
         step = 1e-5
         up, down = (ours.log_marginal_likelihood(prior_precision=4 + s, noise=0.4) for s in (step, -step))
         assert float(slopes[0]) == pytest.approx(float(up - down) / (2 * step), rel=1e-5)
+
+
+def test_sites_that_the_likelihood_does_not_know():
+    """They have their prior's curvature, whatever the structure: here that of a Gamma's logarithm, 2 exp(z)."""
+    x, y = numbers(20, 2), numbers(20, seed=4)
+    point = {"rate": torch.tensor(1.5), "slope": torch.tensor([0.5, -0.5])}
+
+    def model(x, y):
+        pyro.sample("rate", dist.Gamma(3.0, 2.0))
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ slope, 1.0), obs=y)
+
+    for structure, curvature in [*((s, "ggn") for s in STRUCTURES), ("diagonal", "hessian"), ("full", "hessian")]:
+        posterior = Laplace(model, structure, curvature=curvature, point=point).fit(x, y)
+        variances = {n: v for block in posterior.blocks for n, v in block.split(block.variance()).items()}
+        torch.testing.assert_close(variances["rate"], torch.tensor(1 / 3.0))

@@ -175,8 +175,8 @@ def test_gradients_per_datum_of_layers_are_autograds(spelling):
     args = spelling.arguments()
     recorded = Recorded(spelling.model, args, {}, "ggn")
     sites = recorded.graph.structure.sites
-    point = {name: 0.5 * numbers(*site.shape, seed=len(name)) for name, site in sites.items()}
-    (chunk,) = chunks_of(lambda a, k: recorded, args, {}, None)
+    point = {name: 0.5 * numbers(1, *site.shape, seed=len(name))[0] for name, site in sites.items()}
+    chunk = next(chunks_of(lambda a, k: recorded, args, {}, None))
     reading = Reading(chunk, point)
     captured = [name for name in sites if reading.capture.by_entry([name])]
     if not captured:

@@ -3,11 +3,15 @@
 from bnn.arviz_data import to_arviz as to_arviz
 from bnn.calibration import accuracy_rejection as accuracy_rejection
 from bnn.calibration import reliability as reliability
+from bnn.curvature_operators import CurvatureOperator as CurvatureOperator
 from bnn.distances import agreement as agreement
 from bnn.distances import total_variation as total_variation
 from bnn.distances import wasserstein as wasserstein
 from bnn.distributions import EigenNormal as EigenNormal
 from bnn.distributions import MatrixNormal as MatrixNormal
+from bnn.eigenvalues import SpectralDensity as SpectralDensity
+from bnn.eigenvalues import spectral_density as spectral_density
+from bnn.eigenvalues import top_eigenvalues as top_eigenvalues
 from bnn.held_out import score as score
 from bnn.in_function_space import function_space as function_space
 from bnn.in_function_space import summary as summary
@@ -27,5 +31,6 @@ from bnn.sampling_cost import efficiency as efficiency
 from bnn.scoring import classification_scores as classification_scores
 from bnn.scoring import gaussian_scores as gaussian_scores
 from bnn.scoring import regression_scores as regression_scores
+from bnn.sharpness import box_sharpness as box_sharpness
 from bnn.temperature_scaling import calibrated_nll as calibrated_nll
 from bnn.temperature_scaling import fit_temperature as fit_temperature

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -38,6 +39,9 @@ from bnn.predictive_arrays import whole_number
 
 MATRICES = {"hessian": None, "ggn": "ggn", "fisher": "sampled", "empirical_fisher": "empirical"}
 SCALINGS = ("none", "elementwise", "per_site")
+
+# Recordings of the models of potentials that are in use, by the curvature whose probes they hold.
+_GRAPHS: WeakKeyDictionary[Potential, dict[str | None, ModelGraph]] = WeakKeyDictionary()
 
 
 class CurvatureOperator(LinearOperator):
@@ -158,7 +162,10 @@ class _Terms:
         if curvature is not None:
             _check_layout(potential, position)
         self.potential, self.label_samples = potential, label_samples
-        self.graph = ModelGraph(potential.model, potential.args, potential.kwargs, curvature=curvature)
+        known = _GRAPHS.setdefault(potential, {})
+        if curvature not in known:
+            known[curvature] = ModelGraph(potential.model, potential.args, potential.kwargs, curvature=curvature)
+        self.graph = known[curvature]
         for name, cause in self.graph.cannot_label.items():
             raise NotImplementedError(f"the curvature of site {name!r} is not known: {cause}.")
         self.seed = int(torch.randint(2**31, ()))

@@ -84,7 +84,7 @@ def test_drawn_labels_give_the_gauss_newton_matrix_in_mean():
     ggn = CurvatureOperator(potential, z, matrix="ggn", prior=False)
     assert float(mean.sum()) == pytest.approx(v.numpy() @ (ggn @ v.numpy()))
     error = math.sqrt(float(variance.sum()) / draws)
-    assert abs(found - float(mean.sum())) < 5.0 * error and error < 0.03 * found  # ALPHA = 6e-7
+    assert abs(found - float(mean.sum())) < 5.0 * error and error < 0.05 * found  # ALPHA = 6e-7
 
 
 def regression(y, size):
@@ -134,6 +134,7 @@ def test_at_the_values_of_a_guide():
     torch.testing.assert_close(operator.position, flat)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_curvlinops_agrees():
     """The peer's matrices of a plain net and its cross-entropy, in its own order of the parameters."""
     curvlinops = pytest.importorskip("curvlinops")

@@ -143,7 +143,7 @@ def _best(a: Mapping[str, Tensor], b: Mapping[str, Tensor], group: Units) -> tup
     """The order of b's units of one layer that is most like a's, and what it gains over that in which they are."""
     gains: Any = 0.0
     for site, dim in group:
-        rows, columns = (value[site].double().movedim(dim, 0).flatten(1) for value in (a, b))
+        rows, columns = (v[site].double().movedim(dim, 0).reshape(v[site].shape[dim], -1) for v in (a, b))
         gains = gains + rows @ columns.T
     table = gains.cpu().numpy()
     order = linear_sum_assignment(table, maximize=True)[1]

@@ -222,6 +222,6 @@ def _matrix(name: str, value: np.ndarray, dim: int) -> np.ndarray:
 def _settles(radius: float, step_size: float) -> None:
     if not radius < 1.0:
         raise ValueError(
-            f"SGD does not settle: a step multiplies one direction by {radius:.4g}. H and P must be positive definite, and "
-            f"step_size, {step_size:.4g}, below 2 (1 + momentum) / the largest eigenvalue of PH."
+            f"SGD does not settle: a step multiplies one direction by {radius:.4g}. H and P must be positive definite, "
+            f"and step_size, {step_size:.4g}, below 2 (1 + momentum) / the largest eigenvalue of PH."
         )

@@ -1,4 +1,4 @@
-"""Curves between modes: the best ones of a quadratic, gradients without bias, copies of a net that are one after all."""
+"""Curves between modes: the best ones of a quadratic, gradients without bias, and copies of a net in another order."""
 
 import functools
 import math
@@ -231,7 +231,8 @@ def test_a_profile_has_the_scores_of_each_net():
         assert profile.nll[i] == pytest.approx(float(nn.functional.cross_entropy(logits, y)))
         assert profile.accuracy[i] == pytest.approx(float((logits.argmax(-1) == y).double().mean()))
         assert profile.energy[i] == pytest.approx(float(potential.full_energy(values[None])))
-    rise = profile.energy.values - np.linspace(profile.energy[0], profile.energy[-1], 3)
+    energy = profile.energy.values
+    rise = energy - np.linspace(energy[0], energy[-1], 3)
     np.testing.assert_allclose(profile.rise, rise, atol=1e-9)
     assert profile.attrs["barrier"] == pytest.approx(max(rise.max(), 0.0), abs=1e-9)
 

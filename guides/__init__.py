@@ -10,6 +10,7 @@ from bnn.guides.ensemble_elbo import TraceEnsemble_ELBO as TraceEnsemble_ELBO
 from bnn.guides.factorized_normal import AutoFactorizedNormal as AutoFactorizedNormal
 from bnn.guides.ivon import IVON as IVON
 from bnn.guides.ivon import AutoIVON as AutoIVON
+from bnn.guides.laplace import Laplace as Laplace
 from bnn.guides.matrix_normal import AutoMatrixNormal as AutoMatrixNormal
 from bnn.guides.natural_gradient import TraceNaturalGradient_ELBO as TraceNaturalGradient_ELBO
 from bnn.guides.natural_gradient_descent import NaturalGradientDescent as NaturalGradientDescent

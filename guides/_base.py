@@ -74,7 +74,7 @@ class NaturalGuide(KeptGuide):
         values = {}
         prototype: Any = self.prototype_trace
         for name, node in prototype.iter_stochastic_nodes():
-            site = _latent_site(name, node)
+            site = latent_site(name, node)
             self._sites[name] = site
             values[name] = biject_to(site.support).inv(node["value"].detach()).detach()
         if not values:
@@ -123,7 +123,12 @@ class NaturalGuide(KeptGuide):
         transposed: set[str] = set()
         if any(family != "factorized" for family in families.values()):
             apart = {name for name in families if self._asked(name) == "factorized"}
-            partners, transposed = _biases(self.model, args, kwargs, self._sites, families, apart)
+            with torch.enable_grad():  # the guide's first call may be for a prediction
+                graph = ModelGraph(self.model, args, kwargs, curvature="sampled")
+                if graph.graph is not None:
+                    rows = [torch.arange(plate.batch_size) for plate in graph.plates]
+                    capture = Capture(graph, [*rows, *graph.data], graph.parameters)
+                    partners, transposed = biases_of(capture, self._sites, families, apart)
         joined = set(partners.values())
         blocks: list[Block] = []
         rest = []
@@ -220,7 +225,7 @@ class NaturalGuide(KeptGuide):
         return {name: results[name] for name in self._sites}
 
 
-def _latent_site(name: str, node: Any) -> LatentSite:
+def latent_site(name: str, node: Any) -> LatentSite:
     fn = node["fn"]
     if fn.support.is_discrete:
         raise NotImplementedError(
@@ -239,21 +244,16 @@ def _latent_site(name: str, node: Any) -> LatentSite:
     return LatentSite(name, fn.support, value.shape, fn.event_dim, frames, scale)
 
 
-def _biases(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    sites: Mapping[str, LatentSite],
-    families: Mapping[str, str],
-    apart: set[str],
+def biases_of(
+    capture: Capture, sites: Mapping[str, LatentSite], families: Mapping[str, str], apart: set[str]
 ) -> tuple[dict[str, str], set[str]]:
-    """Weight -> the bias added to its products wherever it is used; and the weights whose rows are inputs."""
-    with torch.enable_grad():  # the guide's first call may be for a prediction
-        graph = ModelGraph(model, args, kwargs, curvature="sampled")
-        if graph.graph is None:
-            return {}, set()
-        rows = [torch.arange(plate.batch_size) for plate in graph.plates]
-        capture = Capture(graph, [*rows, *graph.data], graph.parameters)
+    """Weight -> the bias added to its products wherever it is used; and the weights whose rows are inputs.
+
+    :param capture: of a recording of the model.
+    :param sites: the latent sites.
+    :param families: their families.
+    :param apart: biases that stay on their own.
+    """
     partners, transposed = {}, set()
     for name, uses in capture.uses.items():
         shape = sites[name].shape

@@ -7,14 +7,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
 from bnn import checks
 from bnn.guides._auto import KeptGuide
+from bnn.guides._base import latent_site
+from bnn.guides._blocks import LatentSite
+from bnn.guides.factorized_normal import delta_at
 from bnn.structure import Structure, structure_of
 
 
@@ -32,7 +33,7 @@ class FlatGuide(KeptGuide):
         super().__init__(model, init_loc_fn="auto" if given else init_loc_fn, create_plates=create_plates)
         self._values: Mapping[str, Tensor] | None = init_loc_fn if given else None
         self._structure: Structure | None = None
-        self._places: dict[str, tuple[int, tuple[Any, ...]]] = {}
+        self._latents: dict[str, LatentSite] = {}
 
     # ---- for subclasses
 
@@ -82,12 +83,13 @@ class FlatGuide(KeptGuide):
         super()._setup_prototype(*args, **kwargs)
         structure = structure_of(self.model, args, kwargs)
         prototype: Any = self.prototype_trace
-        for name in structure.sites:
-            node = prototype.nodes[name]
-            frames = tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
-            self._places[name] = node["fn"].event_dim, frames
+        self._latents = {name: latent_site(name, prototype.nodes[name]) for name in structure.sites}
         self._structure = structure
-        self._make(args, kwargs)
+        try:
+            self._make(args, kwargs)
+        except Exception:
+            self._structure = None
+            raise
 
     def starts(self, count: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """So many starting positions ``(count, dim)`` by the init function.
@@ -137,23 +139,13 @@ class FlatGuide(KeptGuide):
         if self._structure is None:
             self._setup_prototype(*args, **kwargs)
         plates, position = self._create_plates(*args, **kwargs), self.position()
-        density, result = self.log_density(position), {}
+        density, result = self.log_density(position), dict[str, Tensor]()
         for name, site in self.structure.sites.items():
-            event_dim, frames = self._places[name]
-            latent = site.unflatten(position).to(site.dtype)
-            value = site.constrain(latent)
-            log_density: Any = 0.0
-            if site.transform is not None:
-                inverse = -site.transform.log_abs_det_jacobian(latent, value)
-                log_density = sum_rightmost(inverse, inverse.dim() - value.dim() + event_dim)
-            if name in density:
-                batch = value.shape[: value.dim() - event_dim]
-                log_density = log_density + density[name] / batch.numel()
-                log_density = log_density.expand(batch)
+            latent, value = self._latents[name], site.unflatten(position).to(site.dtype)
             with ExitStack() as stack:
-                for frame in frames:
+                for frame in latent.frames:
                     stack.enter_context(plates[frame.name])
-                result[name] = pyro.sample(name, dist.Delta(value, log_density, event_dim=event_dim))
+                result[name] = delta_at(latent, value, density.get(name, 0.0))
         return result
 
     @torch.no_grad()

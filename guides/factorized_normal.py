@@ -138,12 +138,18 @@ def _through_transform(site: LatentSite, law: Any) -> Tensor:
     return delta_at(site, latent)
 
 
-def delta_at(site: LatentSite, latent: Tensor) -> Tensor:
-    """Sample the site at an unconstrained value, with the density that the change of variables brings."""
+def delta_at(site: LatentSite, latent: Tensor, density: Tensor | float = 0.0) -> Tensor:
+    """Sample the site at an unconstrained value, with the density that the change of variables brings.
+
+    :param site: the site.
+    :param latent: the value.
+    :param density: a log density of the whole site besides.
+    """
     transform = biject_to(site.support)
     value = transform(latent)
     log_density = transform.inv.log_abs_det_jacobian(value, latent)
     log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + site.event_dim)
+    log_density = log_density + density / log_density.numel()
     result: Tensor = pyro.sample(site.name, dist.Delta(value, log_density=log_density, event_dim=site.event_dim))
     return result
 

@@ -159,6 +159,7 @@ class _Terms:
     """Products with Σ ∇s ∇sᵀ of a model's probes s over all data, and with the prior's Hessian."""
 
     def __init__(self, potential: Potential, position: Tensor, curvature: str | None, label_samples: int) -> None:
+        self.seed = int(torch.randint(2**31, ()))  # before a recording may draw
         if curvature is not None:
             _check_layout(potential, position)
         self.potential, self.label_samples = potential, label_samples
@@ -168,7 +169,6 @@ class _Terms:
         self.graph = known[curvature]
         for name, cause in self.graph.cannot_label.items():
             raise NotImplementedError(f"the curvature of site {name!r} is not known: {cause}.")
-        self.seed = int(torch.randint(2**31, ()))
 
     def product(self, position: Tensor, along: Tensor) -> Tensor:
         """Σ_n ∇s_n (∇s_nᵀ v) for each direction v, ``(directions, dim)``."""

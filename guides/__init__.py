@@ -1,4 +1,4 @@
-"""Variational guides for `pyro.infer.SVI`."""
+"""Variational guides for `pyro.infer.SVI`, and Laplace's approximation around a point."""
 
 from bnn.guides.eigen_normal import AutoEigenNormal as AutoEigenNormal
 from bnn.guides.factorized_normal import AutoFactorizedNormal as AutoFactorizedNormal

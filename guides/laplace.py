@@ -216,19 +216,20 @@ class Laplace(SavedGuide):
         groups = {"global": [names], "site": [[name] for name in names], None: []}[prior]
         if not (noise or prior) or (prior and not names):
             raise ValueError("there is nothing to choose: no site has a Normal prior, and noise is False.")
-        start = None
+        start, site = None, ""
         if noise:
-            start = float(evidence.noise.scale) if not isinstance(evidence.noise, str) else evidence.weight(1.0)
-            if evidence.noise.site is None:  # type: ignore[union-attr]
+            known = evidence.noise
+            if isinstance(known, str):
+                raise ValueError(f"the noise cannot be chosen: {known}.")
+            if known.site is None:
                 raise ValueError(
                     "the noise is a number written in the model, and predictions would keep it: make it a site, such "
                     "as bnn.likelihoods.Gaussian(dist.HalfNormal(1.0)), and leave it out of sites=."
                 )
-            start = self._noise or start
+            start, site = self._noise or known.scale, known.site
         found, sd, value = maximize(evidence, self.blocks, self._prior, groups, start, steps)
         self._settle(found, self._noise if sd is None else sd)
         if sd is not None:
-            site = evidence.noise.site  # type: ignore[union-attr]
             loc = self._loc()[site]
             loc.copy_(biject_to(self._sites[site].support).inv(torch.full_like(loc, sd)))
         return value

@@ -395,3 +395,18 @@ def test_sites_that_the_likelihood_does_not_know():
         posterior = Laplace(model, structure, curvature=curvature, point=point).fit(x, y)
         variances = {n: v for block in posterior.blocks for n, v in block.split(block.variance()).items()}
         torch.testing.assert_close(variances["rate"], torch.tensor(1 / 3.0))
+
+
+@each_structure
+def test_chunks_of_gradients_add_up(structure, monkeypatch):
+    """However many gradients are held at once, and whatever the sizes of the blocks."""
+    net, values, x, y = net_problem()
+
+    def found():
+        posterior = Laplace(net, structure, point=values).fit(x, y)
+        return dense(posterior), posterior.outputs(x, y)["obs"].covariance
+
+    whole = found()
+    monkeypatch.setattr("bnn.guides._all_data.LARGEST_GRADIENTS", 30)
+    for first, second in zip(whole, found(), strict=True):
+        torch.testing.assert_close(first, second)

@@ -40,7 +40,9 @@ class Laplace(KeptGuide):
     """A Gaussian around a point estimate, whose precision is the curvature of the log joint there.
 
     It is a guide of Pyro's: ``bnn.predict``, ``bnn.to_arviz``, ``Predictive`` and ELBOs take it. Sites that are not in
-    ``sites`` stay at their point. Constrained sites have their Gaussian in unconstrained space.
+    ``sites`` stay at their point. Constrained sites have their Gaussian in unconstrained space. In a net, draws of the
+    weights leave the region where it is linear, so that ``bnn.predict`` is often much too wide: prefer
+    :meth:`linearised`, which the Gauss-Newton matrix belongs to.
 
     * ``"diagonal"``, ``"kronecker"``, ``"eigenbasis"`` and ``"full"`` are the structures of the precision. The middle
       two give each weight matrix a Gaussian of its own, and each vector (a bias) a full matrix.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -23,6 +24,7 @@ from bnn.guides import (
     AutoSnapshots,
     AutoSWAG,
     GaussianKernel,
+    Laplace,
     SteinRepulsion,
     TraceDropout_ELBO,
     TraceEnsemble_ELBO,
@@ -51,6 +53,7 @@ class PosteriorCase:
     :ivar collects: whether points are collected in training.
     :ivar reported: whether a page is made of it: the slow part, which knows guides by their name alone.
     :ivar optimizer: what moves it.
+    :ivar after: makes the posterior of the trained guide.
     """
 
     name: str
@@ -60,6 +63,7 @@ class PosteriorCase:
     collects: bool = False
     reported: bool = False
     optimizer: Callable[[], Any] = lambda: pyro.optim.Adam({"lr": 0.01})
+    after: Callable[[Any], Any] = lambda guide: guide
 
     def fitted(self, model: Any, steps: int = 5) -> Any:
         """The guide after a few steps."""
@@ -69,7 +73,11 @@ class PosteriorCase:
             svi.step(*net_data())
             if self.collects:
                 guide.collect()
-        return guide
+        return self.after(guide)
+
+
+def around(guide: Any, structure: Any, sites: Any = None) -> Laplace:
+    return Laplace(guide, structure, sites=sites).fit(*net_data())
 
 
 POSTERIORS = [
@@ -92,6 +100,11 @@ POSTERIORS = [
     PosteriorCase("dropout_noise", AutoDropout, lambda: TraceDropout_ELBO(masks=3, noise=1.0)),
     PosteriorCase("ivon", lambda model: AutoIVON(model, num_data=20), TraceEnsemble_ELBO, optimizer=IVON),
     PosteriorCase("factorized", AutoFactorizedNormal),
+    *(
+        PosteriorCase(f"laplace_{structure}", AutoDelta, after=partial(around, structure=structure), reported=reported)
+        for structure, reported in {"diagonal": False, "kronecker": True, "eigenbasis": False, "full": False}.items()
+    ),
+    PosteriorCase("laplace_last_layer", AutoDelta, after=partial(around, structure="full", sites="last layer")),
     PosteriorCase("pyro_normal", AutoNormal, ours=False),
     PosteriorCase(
         "pyro_low_rank", lambda model: AutoLowRankMultivariateNormal(model, rank=2), ours=False, reported=True

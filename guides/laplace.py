@@ -72,8 +72,8 @@ class Laplace(KeptGuide):
     >>> svi = SVI(model, guide, NaturalGradientDescent(lr=0.5), TraceNaturalGradient_ELBO("ggn"))
     >>> losses = [svi.step(x, x.sin()) for _ in range(1000)]
     >>> posterior = Laplace(guide, "full").fit(x, x.sin())
-    >>> posterior.linearised(torch.tensor([[0.], [9.]])).epistemic.flatten().round(decimals=1)  # here and far away
-    tensor([0.0000, 1.0000])
+    >>> posterior.linearised(torch.tensor([[0.], [9.]])).epistemic.flatten() > 0.1  # among the data, and far away
+    tensor([False,  True])
 
     A classifier:
 

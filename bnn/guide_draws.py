@@ -19,7 +19,7 @@ def model_of(guide: Any) -> Callable[..., Any]:
     is predicted, in place of a draw: it is taken off.
     """
     handled = getattr(guide.model, "func", None)  # a partial of (handler, model)
-    arguments = getattr(handled, "args", ())
+    arguments: tuple[Any, ...] = getattr(handled, "args", ())
     model: Callable[..., Any] = guide.model
     return arguments[1] if len(arguments) > 1 and isinstance(arguments[0], InitMessenger) else model
 

@@ -1,4 +1,4 @@
-"""Variational guides for `pyro.infer.SVI`."""
+"""Variational guides for `pyro.infer.SVI`, and Laplace's approximation around a point."""
 
 from bnn.guides._energies import PerMember as PerMember
 from bnn.guides.dropout import AutoDropout as AutoDropout

@@ -119,7 +119,8 @@ def chunks_of(
             yield _chunk(recorded, window)
         return
     first_of(batches, args, kwargs)
-    seen, plates = 0, {}
+    seen = 0
+    plates: dict[str, int] = {}
     for number, item in enumerate(batches):
         args, kwargs = arguments_of(item)
         recorded = record(args, kwargs)
@@ -170,12 +171,13 @@ class Reading:
     def __init__(self, chunk: Chunk, point: Values) -> None:
         self.chunk, self.recorded = chunk, chunk.recorded
         graph, self.capture = self.recorded.graph, self.recorded.capture
+        self.env: Mapping[Any, Any] = {}
         sites = graph.structure.sites
         with torch.enable_grad():
             self.leaves = {name: point[name].detach().clone().requires_grad_() for name in sites}
             values = {name: sites[name].constrain(leaf) for name, leaf in self.leaves.items()}
             if graph.graph is None:
-                self.terms, self.env = graph.terms(values, chunk.inputs), {}
+                self.terms = graph.terms(values, chunk.inputs)
             else:
                 keep = set() if self.capture is None else self.capture.sources(list(self.capture.uses))
                 own = [parameter.detach() for parameter in graph.parameters]

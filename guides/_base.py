@@ -126,8 +126,8 @@ class NaturalGuide(KeptGuide):
             with torch.enable_grad():  # the guide's first call may be for a prediction
                 graph = ModelGraph(self.model, args, kwargs, curvature="sampled")
                 if graph.graph is not None:
-                    rows = [torch.arange(plate.batch_size) for plate in graph.plates]
-                    capture = Capture(graph, [*rows, *graph.data], graph.parameters)
+                    indices = [torch.arange(plate.batch_size) for plate in graph.plates]
+                    capture = Capture(graph, [*indices, *graph.data], graph.parameters)
                     partners, transposed = biases_of(capture, self._sites, families, apart)
         joined = set(partners.values())
         blocks: list[Block] = []

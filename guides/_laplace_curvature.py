@@ -26,7 +26,7 @@ from bnn.guides._blocks import LatentSite
 from bnn.guides._laplace_blocks import DenseBlock, DiagonalBlock, EigenBlock, LaplaceBlock
 from bnn.layers import Use
 from bnn.per_datum import Block as Data
-from bnn.per_datum import PerDatum, Place, per_datum
+from bnn.per_datum import PerDatum, Place, per_datum, squares_per_datum
 
 STRUCTURES = ("diagonal", "kronecker", "eigenbasis", "full")
 
@@ -79,11 +79,7 @@ class Curvature:
             return
         for probe in reading.probes:
             self._add_layers(reading, probe, first=probe is reading.probes[0])
-            for name in self.seen:
-                if name in self.layers:
-                    continue
-                for rows in reading.jacobian_rows(probe, [name]):
-                    self._sum("dense" if name in self.dense else "diagonal", name, _gram(rows, name in self.dense))
+            self._add_rest(reading, probe)
         for name in self.missed:
             leaf = reading.leaves[name]
             if name in self.dense:
@@ -132,6 +128,18 @@ class Curvature:
                     weight = counted[start : start + count, None, None].to(a.dtype)
                     self._sum("inputs", name, (a * weight).flatten(0, 1).T @ a.flatten(0, 1))
                     self._sum("count", name, weight.sum() * a.shape[1])
+
+    def _add_rest(self, reading: Reading, probe: Mapping[str, Tensor]) -> None:
+        rest = [name for name in self.seen if name not in self.layers]
+        by_layers = [name for name in rest if reading.capture is not None and reading.capture.by_entry([name])]
+        grads = reading.output_gradients(probe, by_layers) if by_layers else {}
+        for name in rest:
+            if name in by_layers and name not in self.dense:  # without the gradients themselves
+                uses, numel = self._uses(reading, name), self.sites[name].shape.numel()
+                self._sum("diagonal", name, squares_per_datum(uses, name, numel, reading.env, grads).reshape(-1))
+                continue
+            for rows in reading.jacobian_rows(probe, [name]):
+                self._sum("dense" if name in self.dense else "diagonal", name, _gram(rows, name in self.dense))
 
     def _uses(self, reading: Reading, name: str) -> list[tuple[Use, Data]]:
         assert reading.capture is not None

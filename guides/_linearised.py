@@ -78,18 +78,16 @@ def outputs_of(
     for name, target in whole.targets.items():
         probes = [probe for probe in reading.probes if name in probe]
         mean = torch.stack([probe[name].detach() for probe in probes], -1)
-        covariances = []
-        steps = [zip(*(reading.jacobian_rows(p, b.names, len(probes)) for p in probes), strict=True) for b in blocks]
-        for parts in zip(*steps, strict=True):
-            pairs = zip(blocks, parts, strict=True)
-            covariances.append(sum(_gram(block.whiten(torch.stack(rows, 1))) for block, rows in pairs))
-        covariance = torch.cat(covariances) if covariances else mean.new_zeros(labels.count, *mean.shape[-1:] * 2)
+        covariance = mean.new_zeros(labels.count, *mean.shape[-1:] * 2)
+        for block in blocks:
+            steps = zip(*(reading.jacobian_rows(p, block.names, len(probes)) for p in probes), strict=True)
+            begin = 0
+            for rows in steps:
+                part = block.whiten(torch.stack(rows, 1))
+                covariance[begin : begin + len(part)] += part @ part.mT
+                begin += len(part)
         found[name] = Outputs(mean, covariance[labels.of[name]], target)
     return found
-
-
-def _gram(jacobian: Tensor) -> Tensor:
-    return jacobian @ jacobian.mT
 
 
 def prediction_of(name: str, outputs: Outputs, link: str, num_samples: int) -> Prediction:
@@ -125,13 +123,20 @@ def prediction_of(name: str, outputs: Outputs, link: str, num_samples: int) -> P
             "epistemic": epistemic.sqrt(),
             "aleatoric": variance.sqrt(),
         }
-        return Prediction(name, 0, **{key: value.cpu() for key, value in fields.items()})
+        return _prediction(name, 0, fields)
     fields.pop("draws")
     if link == "probit":  # one number for each probability: it has no parts
         kept = {"probabilities", "entropy"}
         fields = {key: value for key, value in fields.items() if key in kept}
     count = num_samples if link == "sampled" else 0
-    return Prediction(name, count, **{key: value.cpu() for key, value in fields.items()})
+    return _prediction(name, count, fields)
+
+
+def _prediction(name: str, count: int, fields: Mapping[str, Tensor]) -> Prediction:
+    result = Prediction(name, count)
+    for key, value in fields.items():
+        setattr(result, key, value.cpu())
+    return result
 
 
 def _shifts(mean: Tensor, variance: Tensor, link: str, num_samples: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 
 from bnn.guides._kfac_blocks import PointSettings
 from bnn.guides.kfac import PointEstimate
-from support.nets import numbers
+from support.nets import data, labels, numbers
 
 REAL = constraints.real
 
@@ -149,3 +149,20 @@ def gauss_newton(net, values, x):
 
 def flat_of(values, net):
     return torch.cat([matrix(values, i).reshape(-1) for i in range(len(net.sizes) - 1)])
+
+
+def net_problem(classes=False, rows=12, **settings):
+    net = Net((3, 4, 2), classes=classes, scale=0.9, **settings)
+    x, _ = data(rows)
+    y = labels(rows, 2) if classes else numbers(rows, 2, seed=9)
+    return net, net.start(), x, y
+
+
+def hierarchy(x, y):
+    """A linear regression with a learned noise and a learned prior scale."""
+    scale = pyro.sample("scale", dist.Gamma(3.0, 2.0))
+    with pyro.plate("inputs", 2):
+        slope = pyro.sample("slope", dist.Normal(0.0, scale))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(x @ slope, noise), obs=y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -24,6 +25,7 @@ from bnn.guides import (
     AutoSnapshots,
     AutoSWAG,
     GaussianKernel,
+    Laplace,
     SteinRepulsion,
     TraceDropout_ELBO,
     TraceEnsemble_ELBO,
@@ -52,6 +54,7 @@ class PosteriorCase:
     :ivar collects: whether points are collected in training.
     :ivar reported: whether a page is made of it: the slow part, which knows guides by their name alone.
     :ivar optimizer: what moves it.
+    :ivar after: makes the posterior of the trained guide.
     """
 
     name: str
@@ -61,6 +64,7 @@ class PosteriorCase:
     collects: bool = False
     reported: bool = False
     optimizer: Callable[[], Any] = lambda: pyro.optim.Adam({"lr": 0.01})
+    after: Callable[[Any], Any] = lambda guide: guide
 
     def fitted(self, model: Any, steps: int = 5) -> Any:
         """The guide after a few steps."""
@@ -70,7 +74,11 @@ class PosteriorCase:
             svi.step(*net_data())
             if self.collects:
                 guide.collect()
-        return guide
+        return self.after(guide)
+
+
+def around(guide: Any, structure: Any, sites: Any = None) -> Laplace:
+    return Laplace(guide, structure, sites=sites).fit(*net_data())
 
 
 POSTERIORS = [
@@ -94,6 +102,11 @@ POSTERIORS = [
     PosteriorCase("rank_one", lambda model: AutoRankOne(model, members=2), lambda: TraceEnsemble_ELBO(num_particles=2)),
     PosteriorCase("ivon", lambda model: AutoIVON(model, num_data=20), TraceEnsemble_ELBO, optimizer=IVON),
     PosteriorCase("factorized", AutoFactorizedNormal),
+    *(
+        PosteriorCase(f"laplace_{structure}", AutoDelta, after=partial(around, structure=structure), reported=reported)
+        for structure, reported in {"diagonal": False, "kronecker": True, "eigenbasis": False, "full": False}.items()
+    ),
+    PosteriorCase("laplace_last_layer", AutoDelta, after=partial(around, structure="full", sites="last layer")),
     PosteriorCase("pyro_normal", AutoNormal, ours=False),
     PosteriorCase(
         "pyro_low_rank", lambda model: AutoLowRankMultivariateNormal(model, rank=2), ours=False, reported=True

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from pyro.infer.autoguide import AutoLaplaceApproximation, init_to_value
 
 from bnn.guides import Laplace
-from support.nets import data, labels, numbers
-from support.point_estimates import Net, flat_of, gauss_newton
+from support.nets import numbers
+from support.point_estimates import flat_of, gauss_newton, hierarchy, net_problem
 from support.regression import Regression, kron
 
 pytestmark = pytest.mark.filterwarnings("ignore:the point is not a mode:RuntimeWarning")
@@ -139,13 +139,6 @@ def test_linearised_predictive_of_a_linear_model_is_exact(bias_scale):
 # ---- nets, against dense linear algebra
 
 
-def net_problem(classes=False, rows=12, **settings):
-    net = Net((3, 4, 2), classes=classes, scale=0.9, **settings)
-    x, _ = data(rows)
-    y = labels(rows, 2) if classes else numbers(rows, 2, seed=9)
-    return net, net.start(), x, y
-
-
 def order_of(net, values):
     """Positions, in sites laid end to end, of the entries of :func:`flat_of`."""
     numbered, start = {}, 0
@@ -247,15 +240,6 @@ def test_last_layer_is_a_bayesian_linear_model_on_the_features(structure):
 # ---- constrained sites, and Pyro's own
 
 
-def hierarchy(x, y):
-    scale = pyro.sample("scale", dist.Gamma(3.0, 2.0))
-    with pyro.plate("inputs", 2):
-        slope = pyro.sample("slope", dist.Normal(0.0, scale))
-    noise = pyro.sample("noise", dist.HalfNormal(1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("obs", dist.Normal(x @ slope, noise), obs=y)
-
-
 def theirs_loss(guide, x, y):
     """Minus the log joint in unconstrained space."""
     guided = pyro.poutine.trace(guide).get_trace(x, y)
@@ -327,59 +311,6 @@ def test_factors_of_the_covariance(structure):
         torch.testing.assert_close(block.covariance().diagonal(), block.variance())
 
 
-# ---- evidence
-
-
-@each_structure
-@pytest.mark.parametrize("prior", ["global", "site"])
-def test_optimal_prior_precisions_are_stationary(structure, prior):
-    """τ ‖z − m‖² = dim − τ tr Σ (MacKay 1992), in all or site by site."""
-    net, values, x, y = net_problem()
-    posterior = Laplace(net, structure, point=values).fit(x, y)
-    before = float(posterior.log_marginal_likelihood())
-    after = posterior.optimize_marginal_likelihood(prior)
-    assert after > before and float(posterior.log_marginal_likelihood()) == pytest.approx(after)
-    groups = [list(values)] if prior == "global" else [[name] for name in values]
-    variances = {n: v for block in posterior.blocks for n, v in block.split(block.variance()).items()}
-    for names in groups:
-        tau = posterior.prior_precision
-        sizes = sum(float((tau[name] * values[name].square()).sum()) for name in names)
-        numel = sum(values[name].numel() for name in names)
-        spread = sum(float((tau[name] * variances[name]).sum()) for name in names)
-        assert sizes == pytest.approx(numel - spread, rel=1e-4)
-
-
-def test_optimal_noise_is_stationary():
-    """σ² = Σ residuals² / (n − γ), γ = dim − τ tr Σ; and predictions have it."""
-    x, y = numbers(20, 2), numbers(20, seed=4)
-    point = {"scale": torch.tensor(1.0), "slope": torch.tensor([0.5, -0.5]), "noise": torch.tensor(0.5)}
-    posterior = Laplace(hierarchy, "full", sites=["slope"], point=point).fit(x, y)
-    posterior.optimize_marginal_likelihood(None, noise=True)
-    variance = posterior.blocks[0].variance().sum()
-    expected = (y - x @ point["slope"]).square().sum() / (20 - (2 - variance))
-    torch.testing.assert_close(posterior.median()["noise"].square(), expected, rtol=1e-5, atol=0)
-    assert torch.equal(posterior.draws(3)["noise"], posterior.median()["noise"].expand(3))
-    aleatoric = posterior.linearised(x, y).aleatoric
-    torch.testing.assert_close(aleatoric.square(), expected.expand(20), rtol=1e-5, atol=0)
-
-
-def test_evidence_of_other_priors_is_that_of_another_model():
-    """prior_precision= and noise= give what a model with these numbers has at the same point."""
-    net, values, x, y = net_problem()
-    other = Net((3, 4, 2), scale=0.5, noise=0.4)
-    for structure in STRUCTURES:
-        ours = Laplace(net, structure, point=values).fit(x, y)
-        theirs = Laplace(other, structure, point=values).fit(x, y).log_marginal_likelihood()
-        tau = torch.tensor(4.0, requires_grad=True)
-        noise = torch.tensor(0.4, requires_grad=True)
-        found = ours.log_marginal_likelihood(prior_precision=tau, noise=noise)
-        torch.testing.assert_close(found, theirs, rtol=1e-10, atol=0)
-        slopes = torch.autograd.grad(found, [tau, noise])
-        step = 1e-5
-        up, down = (ours.log_marginal_likelihood(prior_precision=4 + s, noise=0.4) for s in (step, -step))
-        assert float(slopes[0]) == pytest.approx(float(up - down) / (2 * step), rel=1e-5)
-
-
 def test_sites_that_the_likelihood_does_not_know():
     """They have their prior's curvature, whatever the structure: here that of a Gamma's logarithm, 2 exp(z)."""
     x, y = numbers(20, 2), numbers(20, seed=4)
@@ -395,3 +326,18 @@ def test_sites_that_the_likelihood_does_not_know():
         posterior = Laplace(model, structure, curvature=curvature, point=point).fit(x, y)
         variances = {n: v for block in posterior.blocks for n, v in block.split(block.variance()).items()}
         torch.testing.assert_close(variances["rate"], torch.tensor(1 / 3.0))
+
+
+@each_structure
+def test_chunks_of_gradients_add_up(structure, monkeypatch):
+    """However many gradients are held at once, and whatever the sizes of the blocks."""
+    net, values, x, y = net_problem()
+
+    def found():
+        posterior = Laplace(net, structure, point=values).fit(x, y)
+        return dense(posterior), posterior.outputs(x, y)["obs"].covariance
+
+    whole = found()
+    monkeypatch.setattr("bnn.guides._all_data.LARGEST_GRADIENTS", 30)
+    for first, second in zip(whole, found(), strict=True):
+        torch.testing.assert_close(first, second)

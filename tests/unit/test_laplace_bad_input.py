@@ -190,6 +190,12 @@ MISTAKES = [
     Mistake(
         "noise is a number", lambda: _fixed_noise().optimize_marginal_likelihood(noise=True), ValueError, ("number",)
     ),
+    Mistake(
+        "noise to be chosen inside",
+        lambda: at().optimize_marginal_likelihood(noise=True),
+        ValueError,
+        ("noise", "integrates"),
+    ),
     Mistake("link", lambda: at().linearised(X, link="laplace"), ValueError, ("'laplace'", "'probit'")),
     Mistake("no draws", lambda: at().linearised(X, num_samples=0), ValueError, ("0",)),
     Mistake("linearised counts", lambda: _counted().linearised(X), NotImplementedError, ("Poisson", "bnn.predict")),

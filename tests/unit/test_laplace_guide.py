@@ -118,9 +118,9 @@ def test_linearised_probabilities(link):
     y = labels(12, 2)
 
     def weighed(x, y=None, bernoulli=False):
-        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 2.0).to_event(1))
         with pyro.plate("data", len(x)):
-            logit = x @ weight
+            logit = 2 * x @ weight
             two = torch.stack([torch.zeros_like(logit), logit], -1)
             law = dist.Bernoulli(logits=logit) if bernoulli else dist.Categorical(logits=two)
             pyro.sample("y", law, obs=y if y is None or not bernoulli else y.to(x.dtype))
@@ -133,6 +133,7 @@ def test_linearised_probabilities(link):
         found.append(posterior.linearised(x, link=link, num_samples=20_000, bernoulli=bernoulli).probabilities[:, 1])
     variance = outputs.covariance[:, 0, 0]
     nodes, weights = torch.tensor(stats.norm.ppf((torch.arange(2000) + 0.5) / 2000)), 1 / 2000
+    assert variance.max() > 3 and variance.min() < 0.2
     drawn = outputs.mean[:, :1] + variance.sqrt()[:, None] * nodes
     exact = (drawn.sigmoid() * weights).sum(-1).to(x.dtype)
     tolerance = 0.02 if link == "probit" else 6 * 0.5 / 20_000**0.5

@@ -13,6 +13,7 @@ import bnn
 from bnn.guides import AutoFactorizedNormal
 from support.posteriors import POSTERIORS, net_data, small_net
 
+pytestmark = pytest.mark.filterwarnings("ignore:the point is not a mode:RuntimeWarning")  # after five steps
 each = pytest.mark.parametrize("case", POSTERIORS, ids=[case.name for case in POSTERIORS])
 ours = pytest.mark.parametrize("case", [c for c in POSTERIORS if c.ours], ids=[c.name for c in POSTERIORS if c.ours])
 SITES = {"0.weight", "0.bias", "2.weight", "2.bias"}

@@ -3,6 +3,8 @@
 from bnn.arviz_data import to_arviz as to_arviz
 from bnn.calibration import accuracy_rejection as accuracy_rejection
 from bnn.calibration import reliability as reliability
+from bnn.checkpoints import checkpoint as checkpoint
+from bnn.checkpoints import restore as restore
 from bnn.distances import agreement as agreement
 from bnn.distances import total_variation as total_variation
 from bnn.distances import wasserstein as wasserstein

@@ -70,6 +70,14 @@ class Point:
         leaves = list(self.graph.parameters)
         return Minibatch(inputs, [leaf.detach() for leaf in leaves], leaves)
 
+    def state(self) -> list[dict[str, Tensor]]:
+        """The position in the order of rows, for a checkpoint."""
+        return self._stream.rows_state()
+
+    def load_state(self, state: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on in the order of rows of another :meth:`state`."""
+        self._stream.load_rows_state(state)
+
     # ---- programs
 
     def estimate(self, values: Values, batch: Minibatch, statistics: bool, prior: bool) -> Outputs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,7 @@ class Step:
         self._stream = Stream(plates, None, 1, device=device)
         self._programs: dict[Any, _Recorded] = {}
         self._noises: list[Tensor] = []
+        self.forgotten: list[str] = []
 
     @property
     def is_recorded(self) -> bool:
@@ -171,9 +172,25 @@ class Step:
         values = {name: site.constrain(leaves[name]) for name, site in self.graph.structure.sites.items()}
         wrong = capture.recheck(values, inputs, self.graph.parameters)
         if wrong:
-            self.estimator.forget(wrong)
-            self._programs.clear()
+            self._forget(wrong)
         return wrong
+
+    def _forget(self, names: Iterable[str]) -> None:
+        self.forgotten += names
+        self.estimator.forget(self.forgotten)
+        self._programs.clear()
+
+    def state(self) -> dict[str, Any]:
+        """The position in the order of rows, and the sites that are not captured any more, for a checkpoint."""
+        return {"rows": self._stream.rows_state(), "forgotten": list(self.forgotten)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from another step's :meth:`state`."""
+        self._stream.load_rows_state(state["rows"])
+        if state["forgotten"] and self.estimator.capture is not None:
+            for name in state["forgotten"]:
+                self.estimator.capture.uses.pop(name, None)
+            self._forget(state["forgotten"])
 
     def _draw(self, params: Sequence[Params], statistics: bool) -> list[Tensor]:
         """Standard normal numbers for each block, into memory that stays; none where layers draw their own."""

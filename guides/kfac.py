@@ -122,6 +122,7 @@ class PointEstimate:
         self._update: dict[str, Tensor] = {}
         self._known: dict[str, Tensor] = {}
         self._layout: Any = None
+        self._resumed: dict[str, Any] = {}
 
     def loss_and_grads(self, kind: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         """The loss; minus the update at rate 1 is left in ``.grad`` of the guide's parameters.
@@ -161,6 +162,59 @@ class PointEstimate:
         self._leaves.tell(batch.leaves)
         return loss
 
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on besides parameters, for a checkpoint."""
+        last = self._resumed.get("last")
+        if self._last is not None:
+            point, batch, before, loss = self._last
+            kind = next(kind for kind, own in self._points.items() if own is point)
+            last = {"kind": repr(kind), "inputs": batch.inputs, "parameters": batch.parameters, "before": before}
+            last["loss"] = loss
+        chained = {kind: found.state() for kind, found in self._inverses.items() if isinstance(found, BlockTridiagonal)}
+        return {
+            "count": self.count,
+            "damping": self.damping,
+            "means": self._means.state(),
+            "inverses": {kind: found for kind, found in self._inverses.items() if kind not in chained},
+            "chained": chained,
+            "raised": sorted(self._damp.raised),
+            "prior": dict(self._prior),
+            "prior_length": dict(self._prior_length),
+            "prior_age": self._prior_age,
+            "update": dict(self._update),
+            "last": last,
+            "rates": self._leaves.rates(),
+            "rows": self._resumed.get("rows", {}) | {repr(kind): point.state() for kind, point in self._points.items()},
+        }
+
+    def load_state(self, state: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Go on from another training's :meth:`state`."""
+        self.count, self.damping = state["count"], state["damping"]
+        self._means.load_state(state["means"])
+        self._inverses = dict(state["inverses"])
+        self._inverses |= {kind: BlockTridiagonal.from_state(one) for kind, one in state["chained"].items()}
+        self._damp.raised = set(state["raised"])
+        self._prior, self._prior_length = dict(state["prior"]), dict(state["prior_length"])
+        self._prior_age, self._update = state["prior_age"], dict(state["update"])
+        self._resumed = {"rows": dict(state["rows"]), "last": state["last"]}
+        if self.count:
+            self._known = self._leaves.current(args, kwargs)
+            self._leaves.load_rates(state["rates"])
+
+    def _resume(self, kind: Any, point: Point) -> bool:
+        """Take over what a checkpoint knows of arguments of this kind; whether it knows them."""
+        rows, last = self._resumed.get("rows", {}).pop(repr(kind), None), self._resumed.get("last")
+        if rows is None:
+            return False
+        point.load_state(rows)
+        if last is not None and last["kind"] == repr(kind):
+            batch = Minibatch(last["inputs"], last["parameters"])
+            self._last = point, batch, last["before"], last["loss"]
+        self._resumed["last"] = None
+        if self._layout is None:
+            self._layout = [block.names for block in point.sites.blocks], point.sites.chains
+        return True
+
     def _point(
         self, kind: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: dict[str, Tensor]
     ) -> tuple[Point, bool]:
@@ -170,6 +224,7 @@ class PointEstimate:
             self._known, self._last, self._update = leaves, None, {}
         if kind not in self._points:
             self._points[kind] = Point(self.model, args, kwargs, self.settings)
+            new = not self._resume(kind, self._points[kind])
         point = self._points[kind]
         self._leaves.check(point.graph.structure.sites)
         layout = [block.names for block in point.sites.blocks], point.sites.chains

@@ -137,6 +137,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         self._points: weakref.WeakKeyDictionary[Any, PointEstimate] = weakref.WeakKeyDictionary()
         self._steps: dict[Any, Step] = {}
         self._progress: weakref.WeakKeyDictionary[Any, Progress] = weakref.WeakKeyDictionary()
+        self._resumed: dict[str, Any] = {}
 
     # ---- what Pyro asks for
 
@@ -195,6 +196,37 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
                 total -= (likelihood - self.settings.kl_weight * divergence) / self.num_particles
         return total
 
+    # ---- checkpoints
+
+    def training_state(self, guide: Any) -> dict[str, Any]:
+        """All that the next step of a guide's training depends on besides parameters; :func:`bnn.checkpoint` asks."""
+        if guide in self._points:
+            return {"point": self._points[guide].state()}
+        steps = {repr(kind): step.state() for (_, one, kind), step in self._steps.items() if one == id(guide)}
+        steps = {**self._resumed, **steps}
+        progress = self._progress.get(guide)
+        return {"progress": None if progress is None else progress.state(), "steps": steps}
+
+    def load_training_state(
+        self, model: Any, guide: Any, state: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Go on from another training's :meth:`training_state`.
+
+        :param model: the model.
+        :param guide: its guide, with its parameters as they were.
+        :param state: the state.
+        :param args: the model's arguments.
+        :param kwargs: its keyword arguments.
+        """
+        self._resumed, self._steps = {}, {}
+        if "point" in state:
+            self._points.pop(guide, None)
+            self._point_estimate(model, guide).load_state(state["point"], args, kwargs)
+        elif state["progress"] is not None:
+            self._resumed = dict(state["steps"])
+            self._progress[guide] = progress = Progress(guide)
+            progress.load_state(state["progress"])
+
     # ---- its parts
 
     def _point_estimate(self, model: Any, guide: AutoDelta) -> PointEstimate:
@@ -227,6 +259,8 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         key = (id(model), id(guide), _kind_of(args, kwargs))
         if key not in self._steps:
             step = self._steps[key] = Step(model, guide, args, kwargs, self.settings)
+            if (resumed := self._resumed.pop(repr(key[-1]), None)) is not None:
+                step.load_state(resumed)
             self._report(step)
         return self._steps[key]
 

@@ -38,9 +38,11 @@ from bnn.guides._kronecker import Damping, inverses, precision_of
 from bnn.guides._point import Minibatch, Outputs, Point
 from bnn.guides._point_leaves import PointLeaves
 from bnn.guides._quadratic import inner, minimizer
+from bnn.guides._ranks import agree, owners_of
 from bnn.guides._running_means import RunningMeans
 from bnn.guides.block_tridiagonal import BlockTridiagonal, Moments
 from bnn.guides.matrix_normal import MatrixBlock
+from bnn.ranks import Ranks
 
 ADAPT_EVERY, DECAY = 5, (19 / 20) ** 5
 
@@ -67,6 +69,7 @@ class PointEstimate:
     :param statistics_every: steps between estimates of the moments.
     :param inverses_every: steps between inverses, a multiple of it. Before that both are also due at steps 1, 2, 4, ...
     :param curvature_rate: weight of a new estimate in the running means, which are bias-corrected.
+    :param ranks: the processes that share rows and inverses out.
     :raises ValueError: for settings out of range.
     """
 
@@ -84,6 +87,7 @@ class PointEstimate:
         statistics_every: int = 1,
         inverses_every: int = 1,
         curvature_rate: float = 0.05,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.guide, self.settings = model, guide, settings or PointSettings()
         if self.settings.curvature not in ("sampled", "ggn", "empirical"):
@@ -109,7 +113,7 @@ class PointEstimate:
         self.trust_region, self.rescale, self.momentum = trust_region, rescale, momentum
         self.statistics_every, self.inverses_every = statistics_every, inverses_every
         self.curvature_rate = curvature_rate
-        self.count = 0
+        self.count, self.ranks = 0, ranks
         self._points: dict[Any, Point] = {}
         self._leaves = PointLeaves(guide)
         self._means = RunningMeans(curvature_rate)
@@ -134,6 +138,8 @@ class PointEstimate:
         :raises RuntimeError: if the loss is not finite, or the curvature is singular.
         """
         leaves = self._leaves.current(args, kwargs)
+        if self.ranks is not None:
+            agree(self.ranks, self.count, list(leaves.values()))
         point, early = self._point(kind, args, kwargs, leaves)
         if self._last is not None:
             self._adapt(leaves)
@@ -184,7 +190,7 @@ class PointEstimate:
             "update": dict(self._update),
             "last": last,
             "rates": self._leaves.rates(),
-            "rows": self._resumed.get("rows", {}) | {repr(kind): point.state() for kind, point in self._points.items()},
+            "rows": self._resumed.get("rows", {}) | {repr(kind): p.state() for kind, p in self._points.items()},
         }
 
     def load_state(self, state: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -223,7 +229,12 @@ class PointEstimate:
         if leaves is not self._known:  # at first, and after the parameter store was loaded
             self._known, self._last, self._update = leaves, None, {}
         if kind not in self._points:
-            self._points[kind] = Point(self.model, args, kwargs, self.settings)
+            self._points[kind] = Point(self.model, args, kwargs, self.settings, self.ranks)
+            if self.ranks is not None and self._points[kind].sites.missed and (self.rescale or self.adaptive_damping):
+                raise NotImplementedError(
+                    f"sites {sorted(self._points[kind].sites.missed)} have no curvature but squared gradients, of which "
+                    "ranks='data' knows no quadratic model: leave rescale and adaptive_damping out."
+                )
             new = not self._resume(kind, self._points[kind])
         point = self._points[kind]
         self._leaves.check(point.graph.structure.sites)
@@ -250,10 +261,17 @@ class PointEstimate:
         pairs = [(means["input_moment", n], means["output_moment", n]) for n in range(len(sites.blocks))]
         units = [float(a.diagonal().mean() * s.diagonal().mean()) for a, s in pairs]
         in_chains = {number for chain in sites.chains for number in chain}
-        for number, block in enumerate(sites.blocks):
-            if number not in in_chains:
-                both = partial(inverses, *pairs[number])
-                self._inverses[number] = self._damp(block.names, dampings[number], units[number], both)
+        numbers = [number for number in range(len(sites.blocks)) if number not in in_chains]
+        owners = owners_of(self.ranks, [sites.blocks[number] for number in numbers])
+        for number, owner in zip(numbers, owners, strict=True):
+            if self.ranks is not None and owner != self.ranks.rank:
+                self._inverses[number] = torch.empty_like(pairs[number][0]), torch.empty_like(pairs[number][1])
+                continue
+            both = partial(inverses, *pairs[number])
+            self._inverses[number] = self._damp(sites.blocks[number].names, dampings[number], units[number], both)
+        if self.ranks is not None:
+            both_of = [(tensor, o) for n, o in zip(numbers, owners, strict=True) for tensor in self._inverses[n]]
+            self.ranks.spread([tensor for tensor, _ in both_of], [owner for _, owner in both_of])
         for chain in sites.chains:
             names = [name for number in chain for name in sites.blocks[number].names]
             own = [dampings[number] for number in chain]

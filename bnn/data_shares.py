@@ -54,6 +54,7 @@ class Share:
         self.ranks, self.args, self.kwargs, self.weight = ranks, args, dict(kwargs), 1.0
         self._whole = args, dict(kwargs)
         self._rows: tuple[int, slice] | None = None  # of how many rows of the arguments which are its own
+        self.given: set[str] = set()  # plates whose rows are the arguments of each rank
         self.cut: dict[str, int] = {}  # plate -> rows of a whole minibatch
         self.model: Callable[..., Any] = model
         with torch.random.fork_rng(devices=[]):
@@ -61,8 +62,11 @@ class Share:
             plate = max(structure.plates.values(), key=lambda one: one.batch_size, default=None)
             if plate is None and not given:
                 self._cut_arguments(model)
-            elif plate is not None and not given and plate.batch_size != self._rows_of_arguments():
-                self._cut_minibatch(model, plate)
+            elif plate is not None and not given:
+                if plate.batch_size == self._rows_of_arguments():
+                    self.given.add(plate.name)
+                else:
+                    self._cut_minibatch(model, plate)
             if self.model is not model:
                 self._check(model, structure)
 
@@ -160,8 +164,8 @@ class Share:
         :param options: of :class:`bnn.minibatch.Stream`.
         """
         whole = self.whole_plates(plates)
-        cut = [plate.name in self.cut for plate in whole]
-        return _Parts([(p.size, p.batch_size) for p in whole], batches, chains, cut, self, **options)
+        drawn = [(p.size, p.batch_size) for p in whole if p.name not in self.given]
+        return _Parts(drawn, batches, chains, whole, self, **options)
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The mean over ranks."""
@@ -169,19 +173,26 @@ class Share:
 
 
 class _Parts(Stream):
-    """A stream of which this rank keeps its part."""
+    """A stream of which this rank keeps its part; rows that are given are not drawn, but numbered."""
 
     def __init__(
         self,
-        plates: Iterable[tuple[int, int]],
+        drawn: Iterable[tuple[int, int]],
         batches: Iterable[Any] | None,
         chains: int,
-        cut: Sequence[bool],
+        plates: Sequence[Plate],
         share: Share,
         **options: Any,
     ) -> None:
-        super().__init__(plates, batches, chains, **options)
-        self.cut, self.share, self.compared = cut, share, batches is None
+        super().__init__(drawn, batches, chains, **options)
+        self.share, self.compared = share, batches is None
+        self.cut = [k for k, plate in enumerate(plates) if plate.name in share.cut]
+        device = options.get("device", "cpu")
+        self.numbered = {
+            k: torch.arange(plate.batch_size, device=device).expand(chains, -1).contiguous()
+            for k, plate in enumerate(plates)
+            if plate.name in share.given
+        }
 
     def next(self, steps: int = 1) -> list[list[Tensor]]:
         """As of a stream, this rank's rows alone."""
@@ -189,9 +200,10 @@ class _Parts(Stream):
         if not self.compared:
             self._compare(result[0])
         for inputs in result:
-            for k, cut in enumerate(self.cut):
-                if cut:
-                    inputs[k] = self.share.part(inputs[k])
+            for k, rows in self.numbered.items():
+                inputs.insert(k, rows)
+            for k in self.cut:
+                inputs[k] = self.share.part(inputs[k])
         return result
 
     def _compare(self, inputs: Sequence[Tensor]) -> None:

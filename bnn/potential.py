@@ -90,7 +90,7 @@ class Potential(Positions):
         self.log_joint = LogJoint(model, self.structure)
         self._leaves = TensorLeaves((self.args, self.kwargs))
         self._row_names = list(self.plates)
-        if batches is not None:
+        if batches is not None and self.share is None:  # else a pass through them is a part of the rows
             checks.plates_match_batches(self.plates, batches, model, self.args, self.kwargs)
         self._fixed_rows = {p.name: torch.arange(p.batch_size, device=self.device) for p in self.plates.values()}
         self._batch_rows = checks.leading_size(self.args, self.kwargs) if batches is not None else 0

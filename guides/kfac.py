@@ -232,8 +232,8 @@ class PointEstimate:
             self._points[kind] = Point(self.model, args, kwargs, self.settings, self.ranks)
             if self.ranks is not None and self._points[kind].sites.missed and (self.rescale or self.adaptive_damping):
                 raise NotImplementedError(
-                    f"sites {sorted(self._points[kind].sites.missed)} have no curvature but squared gradients, of which "
-                    "ranks='data' knows no quadratic model: leave rescale and adaptive_damping out."
+                    f"sites {sorted(self._points[kind].sites.missed)} have no curvature but squared gradients, of "
+                    "which ranks='data' knows no quadratic model: leave rescale and adaptive_damping out."
                 )
             new = not self._resume(kind, self._points[kind])
         point = self._points[kind]

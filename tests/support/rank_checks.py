@@ -27,9 +27,11 @@ from bnn.guides import (
     AutoMatrixNormal,
     NaturalGradientDescent,
     TraceNaturalGradient_ELBO,
+    kfac,
+    natural_gradient_descent,
 )
 from bnn.kernels import AMAGOLD, GGMC, MCMC, SGHMC, SGLD, SVRG, Kronecker
-from bnn.ranks import RankError, Ranks
+from bnn.ranks import Ranks
 from support.nets import data
 
 ROWS = 13
@@ -118,25 +120,35 @@ def train(guide_class, settings, given=None, args=(X, Y), size=None, steps=7, mo
     pyro.set_rng_seed(5)
     kwargs = {} if model is not net else {"size": size}
     settings = {"curvature": "ggn", **settings}
-    svi = SVI(model, guide_class(model), NaturalGradientDescent(0.3), natural(**settings, ranks=given))
+    guide = guide_class(model)
+    guide(*args, **kwargs)  # a plate that subsamples draws rows here, one that does not draws none
+    pyro.set_rng_seed(6)
+    svi = SVI(model, guide, NaturalGradientDescent(0.3), natural(**settings, ranks=given))
     losses = [svi.step(*args, **kwargs) for _ in range(steps)]
     values = torch.cat([p.detach().flatten() for _, p in sorted(pyro.get_param_store().named_parameters())])
     return losses, values, svi
 
 
+def some(table, names):
+    """All rows of a table, or the few of the quick suite."""
+    return {n: table[n] for n in (names if "QUICK" in os.environ else table)}.items()
+
+
 def data_of_kernels():
-    for name, (kernel, size) in KERNELS.items():
+    for name, (kernel, size) in some(KERNELS, ("sghmc_minibatches", "ggmc_all_rows", "ggmc_chunks")):
         report(name, difference=largest_difference(run(kernel, "data", size), run(kernel, None, size)))
 
-
+    if "QUICK" in os.environ:
+        return
     found = run(sghmc(mass=Kronecker(), step_size=0.05), "data", warmup=25)  # labels are drawn by each rank
     ranks().check_same([found.get_samples()["w0"]], "draws")
     report("kronecker", difference=0.0)
 
 
 def data_of_guides():
-    for name, (guide, settings) in GUIDES.items():
-        for size in (None, 12):
+    sizes = (None,) if "QUICK" in os.environ else (None, 12)
+    for name, (guide, settings) in some(GUIDES, ("matrix_factored", "kfac")):
+        for size in sizes:
             losses, values, _ = train(guide, settings, "data", size=size)
             wanted, there, _ = train(guide, settings, None, size=size)
             report(
@@ -144,6 +156,8 @@ def data_of_guides():
                 difference=float(((values - there).abs() / (1.0 + there.abs())).max()),
                 losses=max(abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True)),
             )
+    if "QUICK" in os.environ:
+        return
     # labels are random on each rank by itself: the ranks still agree
     _, values, _ = train(AutoMatrixNormal, {"curvature": "sampled", "noise": "flipout"}, "data", steps=101)
     ranks().check_same([values], "values")
@@ -162,9 +176,11 @@ def given_rows():
     parts = DataLoader(TensorDataset(x, y), batch_size=6 // own.size, sampler=sampler)
     order = torch.arange(12).reshape(2, 6)  # a distributed sampler deals rows out in turn
     whole = [(x[rows], y[rows]) for rows in order]
-    first = run(sghmc(model=net_of_given_rows, batches=parts), "data", chains=1)
-    second = run(sghmc(model=net_of_given_rows, batches=whole), None, chains=1)
-    report("loader", difference=largest_difference(first, second))
+    energies = []
+    for batches, given in ((parts, own), (whole, None)):
+        potential = bnn.Potential(net_of_given_rows, batches=batches, ranks=given)
+        energies.append([potential.energy_and_grad(torch.full((2, potential.dim), 0.1))[0][1] for _ in range(3)])
+    report("loader", difference=float((torch.stack(energies[0]) - torch.stack(energies[1])).abs().max()))
 
 
 def chains():
@@ -241,6 +257,35 @@ def errors():
     report("other_data", message=message(lambda: run(sghmc(), "data", args=(X, Y + drifting), draws=120)))
 
 
+def randomness():
+    """Labels of each rank are its own; what follows is the same on all."""
+    own = ranks()
+    own.same_randomness()
+    with own.own_randomness():
+        first = float(torch.rand(()))
+    with own.own_randomness():
+        second = float(torch.rand(()))
+    report("randomness", first=first, second=second, after=float(torch.rand(())), owners=own.owners([8, 1, 7, 2, 1]))
+
+
+def inverses():
+    """Each matrix is factorized on one rank."""
+    calls = {"cholesky": 0, "inverse": 0}
+
+    def counted(kind, original):
+        def call(*args):
+            calls[kind] += 1
+            return original(*args)
+
+        return call
+
+    natural_gradient_descent._step_tril = counted("cholesky", natural_gradient_descent._step_tril)
+    kfac.inverses = counted("inverse", kfac.inverses)
+    train(AutoMatrixNormal, {}, "data", steps=3)
+    train(AutoDelta, {"extrinsic_damping": 0.1}, "data", steps=3)
+    report("inverses", **calls)
+
+
 def death():
     """Rank 1 ends in the middle of a run: the others keep their draws and say so."""
     mcmc = MCMC(
@@ -260,6 +305,5 @@ if __name__ == "__main__":
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=float(os.environ["TIMEOUT"])))
     for group in sys.argv[1:]:
         globals()[group]()
-    assert RankError is not None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

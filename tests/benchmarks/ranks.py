@@ -5,7 +5,8 @@
 The net has 784-H-10 units on minibatches of 512 of 4,000 made-up images; every process has one thread. "Chains": the
 same number of chains on one process and shared out, seconds of sampling. "Data": one chain, whose minibatch is shared
 out. "Guide": a step of AutoMatrixNormal, statistics and inverses included. An all-reduce of so many bytes by itself
-gives latency and bandwidth for the model in the docstring of bnn/ranks.py.
+gives latency and bandwidth for the model in the docstring of bnn/ranks.py. Milliseconds by the clock and, where other
+work disturbs it, of processor time, of the slowest rank; the gain is that in processor time.
 """
 
 from __future__ import annotations
@@ -49,42 +50,54 @@ def problem(hidden: int):
     return model, torch.randn(ROWS, 784, generator=generator), torch.randint(10, (ROWS,), generator=generator)
 
 
-def sampling(ranks: str | None, hidden: int, chains: int, steps: int) -> float:
+def now() -> tuple[float, float]:
+    """The clock's and this process's seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float], count: int) -> list[float]:
+    """The same for each of so many steps since then."""
+    return [(b - a) / count for a, b in zip(start, now(), strict=True)]
+
+
+def sampling(ranks: str | None, hidden: int, chains: int, steps: int) -> list[float]:
     """Seconds a step."""
     model, x, y = problem(hidden)
     kernel = SGHMC(model, step_size=1e-3, friction=10.0, steps_per_sample=10, compile="fx")
+    draws, times = max(steps // 10, 2), []
     mcmc = MCMC(
-        kernel, max(steps // 10, 2), 1, num_chains=chains, disable_progbar=True, ranks=ranks, save_params=["w1"]
-    )
+        kernel, draws, 1, num_chains=chains, disable_progbar=True, ranks=ranks, save_params=["w1"],
+        hook_fn=lambda kernel, params, stage, i: times.append(now()),
+    )  # fmt: skip
     pyro.set_rng_seed(0)
     mcmc.run(x, y)
-    return mcmc.run_facts["sampling_time"] / (10 * mcmc.num_samples)
+    return [(b - a) / (10 * (draws - 1)) for a, b in zip(times[1], times[-1], strict=True)]
 
 
-def training(ranks: str | None, hidden: int, steps: int) -> float:
+def training(ranks: str | None, hidden: int, steps: int) -> list[float]:
     """Seconds a step."""
     model, x, y = problem(hidden)
     pyro.clear_param_store()
     svi = SVI(model, AutoMatrixNormal(model), NaturalGradientDescent(), TraceNaturalGradient_ELBO(ranks=ranks))
     svi.step(x, y)
     svi.step(x, y)
-    start = time.perf_counter()
+    start = now()
     for _ in range(steps):
         svi.step(x, y)
-    return (time.perf_counter() - start) / steps
+    return since(start, steps)
 
 
-def all_reduce(numbers: int, count: int) -> float:
+def all_reduce(numbers: int, count: int) -> list[float]:
     """Seconds of the mean over ranks of so many numbers."""
     ranks, value = Ranks(), torch.zeros(numbers)
     ranks.mean([value])
-    start = time.perf_counter()
+    start = now()
     for _ in range(count):
         ranks.mean([value])
-    return (time.perf_counter() - start) / count
+    return since(start, count)
 
 
-def measure(what: str, options: argparse.Namespace) -> dict[str, float]:
+def measure(what: str, options: argparse.Namespace) -> dict[str, list[float]]:
     """All of one kind, on one process or on this rank."""
     alone, found = "RANK" not in os.environ, {}
     for hidden in options.hidden:
@@ -99,7 +112,7 @@ def measure(what: str, options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def ranks_of(count: int, what: str, options: argparse.Namespace) -> dict[str, float]:
+def ranks_of(count: int, what: str, options: argparse.Namespace) -> dict[str, list[float]]:
     """The measurements of ``count`` processes; those of the slowest."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -112,7 +125,7 @@ def ranks_of(count: int, what: str, options: argparse.Namespace) -> dict[str, fl
         own = {**several, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
         children.append(subprocess.Popen(command, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True))
     results = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]
-    return {name: max(result[name] for result in results) for name in results[0]}
+    return {name: list(map(max, zip(*(r[name] for r in results), strict=True))) for name in results[0]}
 
 
 def main() -> None:
@@ -132,19 +145,19 @@ def main() -> None:
         return
     if options.quick:
         options.steps, options.rounds, options.hidden = 20, 1, HIDDEN[:1]
-    print(f"| what | case | one process, ms a step | {options.ranks} ranks, ms | speed-up | efficiency |")
-    print("|---|---|---:|---:|---:|---:|")
+    print(f"| what | case | one process, ms | its processor ms | {options.ranks} ranks, ms | processor ms | gain |")
+    print("|---|---|---:|---:|---:|---:|---:|")
     for what in ("chains", "data", "guide"):
         rounds = [[ranks_of(count, what, options) for count in (1, options.ranks)] for _ in range(options.rounds)]
         for name in rounds[0][1]:
-            there = statistics.median(pair[1][name] for pair in rounds)
-            if name not in rounds[0][0]:
-                print(f"| all-reduce | {name} | | {1e3 * there:.3f} | | |", flush=True)
-                continue
-            here = statistics.median(pair[0][name] for pair in rounds)
-            gain = statistics.median(pair[0][name] / pair[1][name] for pair in rounds)
-            cells = f"{1e3 * here:.3f} | {1e3 * there:.3f} | {gain:.2f} | {gain / options.ranks:.2f}"
-            print(f"| {what} | {name} | {cells} |", flush=True)
+            times = [
+                [statistics.median(pair[k].get(name, [0, 0])[j] for pair in rounds) for j in (0, 1)] for k in (0, 1)
+            ]
+            cells = " | ".join(f"{1e3 * t:.3g}" if t else "" for pair in times for t in pair)
+            gain = times[0][1] / times[1][1]
+            print(
+                f"| {what if gain else 'all-reduce'} | {name} | {cells} | {f'{gain:.2f}' if gain else ''} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def draws_of(
         )
     if callable(posterior) and hasattr(posterior, "model"):
         run = GuideRun(posterior, args, kwargs or {}, num_samples or GUIDE_DRAWS)
-        return _of(run.get_samples(group_by_chain=True), model or posterior.model, None)
+        return _of(run.get_samples(group_by_chain=True), model or run.kernel.model, None)
     if _is_arviz(posterior):
         return _of(_from_arviz(posterior), model, num_samples)
     if isinstance(posterior, Mapping):

@@ -40,7 +40,7 @@ class GuideRun:
         self._args, self._kwargs = args, dict(kwargs)
         with torch.no_grad():
             if hasattr(guide, "draws"):
-                if not guide.blocks:
+                if not guide.is_set_up:
                     poutine.block(guide)(*args, **kwargs)
                 self._draws: dict[str, Tensor] = guide.draws(num_samples)
             else:

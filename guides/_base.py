@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn.module import PyroModule, PyroParam, pyro_method
 from torch import Tensor
 from torch.distributions import biject_to
 
 from bnn.curvature import Capture
+from bnn.guides._auto import KeptGuide
 from bnn.guides._blocks import Block, LatentSite
-from bnn.initialization import strategy_of
 from bnn.model_graph import ModelGraph
 from bnn.structure import base_of
 
@@ -30,33 +27,7 @@ LARGEST_SIDE = 8192
 Family = Callable[[str, torch.Size], str | None]
 
 
-class SavedGuide(AutoGuide):
-    """A guide that keeps its model when it is pickled or copied."""
-
-    def _trace_prototype(self, strategy: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Pyro's setup, with the sites where ``strategy`` puts them."""
-        model, self._model = self._model, (InitMessenger(strategy)(self.model),)
-        try:
-            AutoGuide._setup_prototype(self, *args, **kwargs)
-        finally:
-            self._model = model
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pyro's own version forgets the model, in the original too. The prototype holds the data: not kept. What Pyro
-        # and the ELBO noted on the parameters, such as weak references, cannot be pickled and is noted anew when used.
-        for leaf in self.parameters():
-            leaf.__dict__.clear()
-        return {**self.__dict__, "master": None, "prototype_trace": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavedGuide:
-        memo[id(self.model)] = self.model
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return new
-
-
-class NaturalGuide(SavedGuide):
+class NaturalGuide(KeptGuide):
     """Gaussians over the latent sites of a model, block by block. See its subclasses."""
 
     def __init__(
@@ -68,12 +39,10 @@ class NaturalGuide(SavedGuide):
         init_scale: float = 0.1,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        if not callable(model):
-            raise ValueError(f"model is {type(model).__name__}; give a Pyro model: a function or PyroModule to call.")
+        super().__init__(model, init_loc_fn=init_loc_fn, create_plates=create_plates)
         if not init_scale > 0:
             raise ValueError(f"init_scale is {init_scale}; give a positive number, such as 0.1.")
-        super().__init__(model, create_plates=create_plates)
-        self._family, self._init, self._init_scale = family, strategy_of(init_loc_fn), init_scale
+        self._family, self._init_scale = family, init_scale
         self._sites: dict[str, LatentSite] = {}
         self._blocks: list[Block] = []
         self._constraints: list[dict[str, Any]] = []
@@ -95,8 +64,13 @@ class NaturalGuide(SavedGuide):
         """The blocks of latent sites that share a Gaussian; empty before the guide was first called."""
         return list(self._blocks)
 
+    @property
+    def is_set_up(self) -> bool:
+        """Whether the guide was called on data."""
+        return bool(self._blocks)
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        self._trace_prototype(self._init, args, kwargs)
+        super()._setup_prototype(*args, **kwargs)
         values = {}
         prototype: Any = self.prototype_trace
         for name, node in prototype.iter_stochastic_nodes():

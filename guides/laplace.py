@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from bnn.guide_draws import model_of
-from bnn.guides._base import SavedGuide, latent_site
+from bnn.guides._auto import KeptGuide
+from bnn.guides._base import latent_site
 from bnn.guides._blocks import LatentSite
 from bnn.guides._evidence import Evidence, maximize
 from bnn.guides._laplace_blocks import LaplaceBlock
@@ -35,7 +36,7 @@ from bnn.guides._linearised import Outputs, outputs_of, prediction_of
 from bnn.minibatch import Arguments
 
 
-class Laplace(SavedGuide):
+class Laplace(KeptGuide):
     """A Gaussian around a point estimate, whose precision is the curvature of the log joint there.
 
     It is a guide of Pyro's: ``bnn.predict``, ``bnn.to_arviz``, ``Predictive`` and ELBOs take it. Sites that are not in
@@ -139,7 +140,8 @@ class Laplace(SavedGuide):
             raise RuntimeError("this Laplace was pickled before it was fitted and lost its guide: make it anew.")
         values = dict(given if guide is None else _median(guide, fit.example))
         point = fit.unconstrained(values)
-        self._trace_prototype(init_to_value(values=values), *fit.example)
+        self._init = init_to_value(values=values)
+        self._setup_prototype(*fit.example[0], **fit.example[1])
         prototype: Any = self.prototype_trace
         sites = {name: latent_site(name, node) for name, node in prototype.iter_stochastic_nodes()}
         included = fit.choose(self._asked, list(sites))
@@ -167,6 +169,11 @@ class Laplace(SavedGuide):
     def blocks(self) -> list[LaplaceBlock]:
         """The blocks of latent sites that share a Gaussian; empty before :meth:`fit`."""
         return list(self._blocks)  # type: ignore[arg-type]
+
+    @property
+    def is_set_up(self) -> bool:
+        """Whether :meth:`fit` was called."""
+        return self._evidence is not None
 
     def _loc(self) -> dict[str, Tensor]:
         self._fitted("the posterior")

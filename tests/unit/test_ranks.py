@@ -74,6 +74,8 @@ def test_chains_over_ranks_are_in_one_run(two):
     assert first["shape"] == [5, 15, 4, 3] and first["stats"] == [5, 15]
     assert first["diagnostics"] == first["arviz"] == 5 and first["gradients"] == 5 * 15
     assert first["again"] == 0.0 and first["alike"] == 0  # reproducible, and no chain twice
+    draws = two["sequential"][0]["draws"]  # groups of one chain each, which one seed would make the same
+    assert draws == two["sequential"][1]["draws"] and len(set(draws)) == 4
     assert two["initial_params"][0]["places"] == pytest.approx([0.0, 1.0, 2.0, 3.0], abs=1e-6)
 
 

@@ -3,6 +3,8 @@
 from bnn.arviz_data import to_arviz as to_arviz
 from bnn.calibration import accuracy_rejection as accuracy_rejection
 from bnn.calibration import reliability as reliability
+from bnn.checkpoints import checkpoint as checkpoint
+from bnn.checkpoints import restore as restore
 from bnn.code_length import DescriptionLength as DescriptionLength
 from bnn.code_length import description_length as description_length
 from bnn.code_length import kl_to_prior as kl_to_prior

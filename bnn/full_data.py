@@ -43,10 +43,18 @@ def over_all_data(
     """
     checks.position(position, potential.dim)
     checks.batches_have_one_plate(potential.plates, potential.batches)
+    share = potential.share
+    if share is not None and potential.batches is not None:
+        raise NotImplementedError(
+            "the energy of all data is not known with batches= and ranks='data', where each rank sees its own rows: "
+            "pass the data as arguments of run(), with pyro.plate('data', N, subsample_size=B) in the model."
+        )
     leading = [t.detach().to(potential.dtype).contiguous() for t in (position, along) if t is not None]
     totals: tuple[Tensor, ...] = ()
     if potential.batches is None:
         given: Iterable[list[Tensor]] = potential.chunks
+        if share is not None and potential.plates:
+            given = itertools.islice(given, share.ranks.rank, None, share.ranks.size)
     else:
         given = chunks_of_batches(potential.plates.values(), potential.batches, potential.dtype, potential.device)
     for inputs in given:
@@ -60,7 +68,9 @@ def over_all_data(
         )
         parts = program(*tensors)
         totals = tuple(a + b for a, b in zip(totals, parts, strict=True)) if totals else parts
-    return totals
+    if share is None:
+        return totals
+    return tuple(share.ranks.sum(totals) if potential.plates else share.mean(totals))
 
 
 class Chunks:

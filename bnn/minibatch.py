@@ -64,6 +64,16 @@ class RowStream:
             self._refill()
         return self._ready.pop()
 
+    def state(self) -> dict[str, Tensor]:
+        """The rows that are due next, for a checkpoint."""
+        ready = torch.stack(self._ready) if self._ready else self._order.new_empty(0)
+        return {"order": self._order.clone(), "ready": ready}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where the stream stood whose :meth:`state` this is."""
+        self._order = state["order"].to(self.device)
+        self._ready = list(state["ready"].to(self.device).unbind(0))
+
     def _refill(self) -> None:
         """Cut the next block of minibatches: many at once, since each small operation costs like a layer."""
         count = BLOCK * self.batch_size
@@ -168,6 +178,15 @@ class Stream:
     ) -> None:
         self._rows = [RowStream(n, b, num_chains, replacement=replacement, device=device) for n, b in plates]
         self._arguments = None if batches is None else ArgumentStream(batches, num_chains)
+
+    def rows_state(self) -> list[dict[str, Tensor]]:
+        """The position of each plate's rows, for a checkpoint."""
+        return [rows.state() for rows in self._rows]
+
+    def load_rows_state(self, states: Iterable[Mapping[str, Tensor]]) -> None:
+        """Go on where the rows of another stream stood."""
+        for rows, state in zip(self._rows, states, strict=True):
+            rows.load_state(state)
 
     def next(self, steps: int = 1) -> list[list[Tensor]]:
         """For each of ``steps`` steps the program's minibatch inputs, each leading with the chain dimension."""

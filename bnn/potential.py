@@ -7,6 +7,7 @@ on the sum scale, over the flat vector z of all unconstrained latent sites.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,20 +17,23 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnn import checks
-from bnn.full_data import Chunks, mean_rows, over_all_data, traced_chunk, traced_chunk_and_grad
+from bnn.data_shares import Share
+from bnn.full_data import Chunks, mean_rows, minibatches_in_all, over_all_data, traced_chunk, traced_chunk_and_grad
 from bnn.handlers_check import cause_of, disagreement, handlers_energy_and_grad
 from bnn.initialization import Strategy, find_starts, strategy_of
 from bnn.log_joint import LogJoint, quiet_handlers
 from bnn.minibatch import Stream, TensorLeaves
+from bnn.positions import Positions
+from bnn.ranks import Ranks
 from bnn.recording import RecordingError, draws_random_numbers, has_convolution, record, used_inputs
-from bnn.structure import Plate, Site, structure_of
+from bnn.structure import Plate, structure_of
 from bnn.tiers import Program, check_tier, choose, one_chain, over_chains
 
 # Above this size a chain's matrix products fill the processor by themselves: chains run one after another on a CPU.
 LARGEST_VECTORIZED_DIM = 50_000
 
 
-class Potential:
+class Potential(Positions):
     """The potential energy U(z) of a Pyro model over flat positions of shape ``(chains, dim)``.
 
     The model is run once with Pyro's handlers to find its sites and plates. Its energy and gradient are then recorded
@@ -44,6 +48,7 @@ class Potential:
         holds ``pyro.plate("data", N, subsample_size=len(x))``.
     :param compile: ``"auto"``, ``"inductor"``, ``"fx"`` or ``"handlers"``; see :mod:`bnn.tiers`.
     :param replacement: draw minibatch rows independently instead of by shuffled epochs.
+    :param ranks: the processes that share the rows out, see :mod:`bnn.ranks`; all must ask for the same energies.
     :param kwargs: the model's keyword arguments.
     :raises ValueError: for a model without latent sites, data that are not finite or disagree with a plate.
     :raises NotImplementedError: for discrete latents and latents inside a subsampled plate.
@@ -66,6 +71,7 @@ class Potential:
         batches: Iterable[Any] | None = None,
         compile: str = "auto",
         replacement: bool = False,
+        ranks: Ranks | None = None,
         **kwargs: Any,
     ) -> None:
         check_tier(compile)
@@ -75,11 +81,16 @@ class Potential:
             args, kwargs = checks.first_of(batches, args, kwargs)
         self.args, self.kwargs = pytree.tree_map_only(Tensor, torch.Tensor.detach, (tuple(args), dict(kwargs)))
         checks.finite_arguments(self.args, self.kwargs)
+        self.share = None
+        if ranks is not None:
+            self.share = Share(ranks, model, self.args, self.kwargs, given=batches is not None)
+            self.model = model = self.share.model
+            self.args, self.kwargs = self.share.args, self.share.kwargs
         self.structure = structure_of(model, self.args, self.kwargs)
         self.log_joint = LogJoint(model, self.structure)
         self._leaves = TensorLeaves((self.args, self.kwargs))
         self._row_names = list(self.plates)
-        if batches is not None:
+        if batches is not None and self.share is None:  # else a pass through them is a part of the rows
             checks.plates_match_batches(self.plates, batches, model, self.args, self.kwargs)
         self._fixed_rows = {p.name: torch.arange(p.batch_size, device=self.device) for p in self.plates.values()}
         self._batch_rows = checks.leading_size(self.args, self.kwargs) if batches is not None else 0
@@ -93,13 +104,10 @@ class Potential:
         self.is_recorded = compile != "handlers"
         if self.is_recorded:
             self._record_one_chain()
+        if ranks is not None:
+            ranks.same_randomness()
 
     # ---- what the model consists of
-
-    @property
-    def sites(self) -> dict[str, Site]:
-        """The latent sites: name -> :class:`Site` with shape, transform and slice of the flat vector."""
-        return self.structure.sites
 
     @property
     def plates(self) -> dict[str, Plate]:
@@ -107,19 +115,10 @@ class Potential:
         return self.structure.plates
 
     @property
-    def dim(self) -> int:
-        """Length of the flat vector."""
-        return self.structure.dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the flat vector."""
-        return self.structure.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the flat vector lives."""
-        return self.structure.device
+    def minibatches_in_all(self) -> int:
+        """Minibatch gradients that a pass over all data costs."""
+        plates = list(self.plates.values())
+        return minibatches_in_all(plates if self.share is None else self.share.whole_plates(plates))
 
     # ---- energies
 
@@ -129,7 +128,10 @@ class Potential:
         chains = len(position)
         if chains not in self._streams:
             self._streams[chains] = self.stream(chains)
-        (inputs,) = self._streams[chains].next(1)
+        return self.evaluate(position, self._streams[chains].next(1)[0])
+
+    def evaluate(self, position: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Energy and gradient on given minibatches of a :meth:`stream`, with the shares of other ranks."""
         return self._gradient([position.detach().to(self.dtype).contiguous(), *inputs], self.compile)
 
     def gradient_on(self, position: Tensor, inputs: Sequence[Tensor]) -> Tensor:
@@ -141,7 +143,13 @@ class Potential:
             return self.traced_energy_and_grad(position, inputs)
 
         key = ("gradient", compile == "inductor", *(tuple(t.shape) for t in tensors))
-        energy, grad = self.kept_program(key, function, tensors, [True] * len(tensors), compile=compile)(*tensors)
+        program = self.kept_program(key, function, tensors, [True] * len(tensors), compile=compile)
+        if self.share is None:
+            energy, grad = program(*tensors)
+            return energy, grad
+        with self.share.ranks.own_randomness() if self.is_random else contextlib.nullcontext():
+            found = program(*tensors)
+        energy, grad = self.share.mean(found)
         return energy, grad
 
     def gradient_by_chain(self, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,6 +180,10 @@ class Potential:
 
     def stream(self, num_chains: int) -> Stream:
         """A fresh source of minibatches for ``num_chains`` chains."""
+        if self.share is not None:
+            drawn = [self.plates[name] for name in self._row_names]
+            options: dict[str, Any] = {"replacement": self.replacement, "device": self.device}
+            return self.share.stream(drawn, self.batches, num_chains, **options)
         plates = [(self.plates[name].size, self.plates[name].batch_size) for name in self._row_names]
         return Stream(plates, self.batches, num_chains, replacement=self.replacement, device=self.device)
 
@@ -192,39 +204,6 @@ class Potential:
         return energy, grad
 
     # ---- positions
-
-    def constrain(self, position: Tensor) -> dict[str, Tensor]:
-        """Values of each site in the model, with the leading dimensions of ``position``."""
-        return {name: site.constrain(site.unflatten(position)) for name, site in self.sites.items()}
-
-    def unflatten(self, position: Tensor) -> dict[str, Tensor]:
-        """Unconstrained values of each site, with the leading dimensions of ``position``."""
-        return {name: site.unflatten(position) for name, site in self.sites.items()}
-
-    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
-        """The flat positions ``(chains, dim)`` of unconstrained values with a leading chain dimension."""
-        checks.site_values(params, {name: site.shape for name, site in self.sites.items()})
-        pieces = [params[name].reshape(len(params[name]), -1).to(self.dtype) for name in self.sites]
-        return torch.cat(pieces, -1).to(self.device).contiguous()
-
-    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The flat positions ``(chains, dim)`` of values in the model's own space with a leading chain dimension.
-
-        :raises ValueError: if a site is missing, has another shape, or lies outside its support.
-        """
-        values = {name: torch.as_tensor(value) for name, value in values.items()}
-        checks.site_values(values, {name: site.value_shape for name, site in self.sites.items()})
-        for name, site in self.sites.items():
-            checks.inside_support(name, values[name], site.support)
-        return self.from_values(values)
-
-    def from_values(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The same without checks."""
-        params = {}
-        for name, site in self.sites.items():
-            value = values[name].to(site.dtype)
-            params[name] = value if site.transform is None else site.transform.inv(value)
-        return self.flatten(params)
 
     def initial(self, num_chains: int, strategy: str | Strategy | Mapping[str, Tensor] = "auto") -> Tensor:
         """Starting positions ``(num_chains, dim)`` with finite energy.

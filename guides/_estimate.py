@@ -133,6 +133,15 @@ class Estimator:
                     for name in group:
                         self.perturbed.pop(name, None)
 
+    def finish(self, noises: Sequence[Tensor], estimate: Estimate) -> None:
+        """Targets that are no linear function of the rows anew, from the gradient of all of them."""
+        for number, (block, noise) in enumerate(zip(self.guide.blocks, noises, strict=True)):
+            if estimate.targets[number] and all(name in self.reparametrized for name in block.names):
+                plain = estimate.whitened[number]
+                assert isinstance(plain, Tensor)
+                plain = plain - noise if self.settings.stick_the_landing else plain
+                estimate.targets[number] = block.reparametrized_targets(noise, self._bounded(block, plain, noise))
+
     def draws_own_noise(self, block: Block) -> bool:
         """Whether a step with local noise needs no noise for the block's weights."""
         layers = [layer for name in block.names for layer in self.perturbed.get(name, ())]
@@ -298,7 +307,7 @@ class Estimator:
         self, block: Block, params: Params, sample: _Sample, env: Mapping[Any, Any], probes: list[tuple[Any, Any]]
     ) -> dict[str, Tensor]:
         if all(name in self.reparametrized for name in block.names):
-            return block.reparametrized_targets(sample.noise, self._bounded(block, sample))
+            return block.reparametrized_targets(sample.noise, self._bounded(block, sample.plain, sample.noise))
         precision: dict[str, Tensor] = {}
         numbers: dict[float, Tensor] = {}
         for name in block.names:
@@ -325,13 +334,13 @@ class Estimator:
         factored = self.settings.factored and block.family == "matrix"
         return block.factored_targets(curvature) if factored else block.targets(params, curvature)
 
-    def _bounded(self, block: Block, sample: _Sample) -> Tensor:
+    def _bounded(self, block: Block, plain: Tensor, noise: Tensor) -> Tensor:
         """The whitened gradient inside the trust region: far from the optimum its square says nothing of curvature."""
         trust = self.settings.trust_region
         if trust is None:
-            return sample.plain
-        size = torch.linalg.vector_norm(sample.plain + sample.noise).clamp_min(1e-30)
-        return sample.plain * (trust * math.sqrt(block.numel) / size).clamp_max(1.0)
+            return plain
+        size = torch.linalg.vector_norm(plain + noise).clamp_min(1e-30)
+        return plain * (trust * math.sqrt(block.numel) / size).clamp_max(1.0)
 
 
 @dataclass

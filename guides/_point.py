@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnn.data_shares import Share
 from bnn.guides._estimate import gradients
 from bnn.guides._kfac_blocks import Blocks, PointSettings, tensors_of
 from bnn.guides._quadratic import along, inner, total_of
@@ -20,6 +21,7 @@ from bnn.minibatch import Stream
 from bnn.model_graph import Key as TermKey
 from bnn.model_graph import Terms
 from bnn.per_datum import PerDatum, joined, per_datum, squares_per_datum
+from bnn.ranks import Ranks
 from bnn.recording import record
 from bnn.tiers import Program, choose
 
@@ -52,23 +54,46 @@ class Point:
     :param args: its arguments.
     :param kwargs: its keyword arguments.
     :param settings: what is computed.
+    :param ranks: the processes that share the rows out.
     """
 
     def __init__(
-        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], settings: PointSettings
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        settings: PointSettings,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.share = None
+        if ranks is not None:
+            self.share = Share(ranks, model, args, kwargs)
+            model, args, kwargs = self.share.model, self.share.args, self.share.kwargs
         self.settings, self.sites = settings, Blocks(model, args, kwargs, settings)
         self.graph, self.capture = self.sites.graph, self.sites.capture
         plates = [(plate.size, plate.batch_size) for plate in self.graph.plates]
         self._stream = Stream(plates, None, 1, device=self.graph.structure.device)
         self._programs: dict[Any, tuple[Program, list[Key]]] = {}
+        if self.share is not None:
+            self._stream = self.share.stream(self.graph.plates, None, 1, device=self.graph.structure.device)
+            self.sites.thin.clear()  # thin factors of one rank's rows are not those of all
 
     def minibatch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Minibatch:
         """The next one: rows are drawn where the model subsamples."""
         (rows,) = self._stream.next(1)
+        if self.share is not None:
+            args, kwargs = self.share.own(args, kwargs)
         inputs = self.graph.inputs((args, dict(kwargs)), [t[0] for t in rows])
         leaves = list(self.graph.parameters)
         return Minibatch(inputs, [leaf.detach() for leaf in leaves], leaves)
+
+    def state(self) -> list[dict[str, Tensor]]:
+        """The position in the order of rows, for a checkpoint."""
+        return self._stream.rows_state()
+
+    def load_state(self, state: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on in the order of rows of another :meth:`state`."""
+        self._stream.load_rows_state(state)
 
     # ---- programs
 
@@ -100,7 +125,20 @@ class Point:
         found = self._run(("quadratic", len(directions)), self._quadratic, values, batch, directions)
         return found["slopes", ""], found["curvature", ""]
 
-    def _run(
+    def _run(self, *call: Any) -> Outputs:
+        """What a program gives, or its mean over ranks."""
+        if self.share is None:
+            return self._replay(*call)
+        with self.share.ranks.own_randomness():
+            found = self._replay(*call)
+        for name, value in found.items():
+            if name[0] in ("input_moment", "input_cross"):  # means over the rows of a rank
+                found[name] = value * self.share.weight
+            elif name[0] == "squares" and name[1] in self.sites.missed:  # squares of sums, which count K² times
+                found[name] = value / self.share.ranks.size
+        return dict(zip(found, self.share.mean(list(found.values())), strict=True))
+
+    def _replay(
         self,
         key: tuple[Any, ...],
         function: Callable[..., Outputs],

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta
 from torch import Tensor
 
-from bnn.guides._svi import OptimizerCheck, steps_per_unit, tell
+from bnn.guides._svi import OptimizerCheck, rate_of, set_rate, steps_per_unit, tell
 from bnn.guides.natural_gradient_descent import NATURAL, Natural
 
 
@@ -59,6 +59,16 @@ class PointLeaves:
                 f"guide and model differ in their latent sites: only the guide has {missing}, only the model {extra}. "
                 "Make the guide from the model that SVI gets, and make a new one when the model's sites change."
             )
+
+    def rates(self) -> dict[str, float | None]:
+        """Site -> rate of the last step, for a checkpoint."""
+        return {name: rate_of(leaf) for name, leaf in self.leaves.items()}
+
+    def load_rates(self, rates: Mapping[str, float | None]) -> None:
+        """As if the optimizer had taken a step of these rates."""
+        for name, rate in rates.items():
+            set_rate(self.leaves[name], rate)
+        self._check_optimizer = OptimizerCheck(done=True)
 
     def steps_per_unit(self) -> int:
         """Steps that make up a rate of one."""

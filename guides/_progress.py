@@ -13,7 +13,7 @@ from torch.distributions import constraints, transform_to
 
 from bnn.guides._base import NaturalGuide
 from bnn.guides._step import Result
-from bnn.guides._svi import OptimizerCheck, steps_per_unit, tell
+from bnn.guides._svi import OptimizerCheck, rate_of, set_rate, steps_per_unit, tell
 from bnn.guides._thin import Covariances
 
 
@@ -117,6 +117,27 @@ class Progress:
         for name, value in {**fresh, "weight": torch.ones(())}.items():
             state[name] = torch.lerp(state.get(name, torch.zeros_like(value)), value, rate)
         return {name: value / state["weight"].to(value) for name, value in state.items() if name != "weight"}
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on besides parameters, for a checkpoint."""
+        locs = [leaves["loc"] for leaves in self.parameters.leaves]
+        return {
+            "count": self.count,
+            "events": self.events,
+            "sums": [dict(block) for block in self._sums],
+            "moments": {number: dict(moments) for number, moments in self._moments.items()},
+            "priors": dict(self.priors),
+            "rates": [rate_of(leaf) for leaf in locs],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from another training's :meth:`state`."""
+        self.count, self.events = state["count"], state["events"]
+        self._sums, self._moments = state["sums"], state["moments"]
+        self.priors = {number: (pair[0], pair[1]) for number, pair in state["priors"].items()}
+        for leaves, rate in zip(self.parameters.leaves, state["rates"], strict=True):
+            set_rate(leaves["loc"], rate)
+        self.check_optimizer = OptimizerCheck(done=self.count > 0)
 
     def prior_every(self, inverses_every: int) -> int:
         """Steps for which the prior's part of a direction may be used again: the rate times them is at most one."""

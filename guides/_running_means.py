@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +37,14 @@ class RunningMeans:
                     self._values[key].lerp_(value, self._rate / weight)
                 else:
                     self._values[key] = value.clone()
+
+    def state(self) -> dict[str, Any]:
+        """Values and weights, for a checkpoint."""
+        return {"values": dict(self._values), "weights": dict(self._weights)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from other means' :meth:`state`."""
+        self._values, self._weights = dict(state["values"]), dict(state["weights"])
 
     def __getitem__(self, key: tuple[str, Any]) -> Tensor:
         return self._values[key]

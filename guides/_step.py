@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bnn.data_shares import Share
 from bnn.guides._base import NaturalGuide
 from bnn.guides._blocks import Params
 from bnn.guides._estimate import Estimate, Estimator, Settings
 from bnn.guides._thin import Thin
 from bnn.minibatch import Stream
 from bnn.model_graph import ModelGraph
+from bnn.ranks import Ranks
 from bnn.recording import record
 from bnn.tiers import Program, choose
+
+# Targets that are means over rows, not sums.
+MEANS = ("col_moment",)
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Step:
     :param args: the model's arguments.
     :param kwargs: the model's keyword arguments.
     :param settings: what is computed.
+    :param ranks: the processes that share the rows out.
     :raises ValueError: if curvature cannot be had for a likelihood, or guide and model differ in their sites.
     """
 
@@ -72,8 +78,12 @@ class Step:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         settings: Settings,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.guide, self.settings = guide, settings
+        self.guide, self.settings, self.share = guide, settings, None
+        if ranks is not None:
+            self.share = Share(ranks, model, args, kwargs)
+            model, args, kwargs = self.share.model, self.share.args, self.share.kwargs
         probes = None if settings.curvature == "reparametrization" else settings.curvature
         with torch.random.fork_rng(devices=[]):
             self.graph = ModelGraph(model, args, kwargs, curvature=probes, label_samples=settings.label_samples)
@@ -86,8 +96,12 @@ class Step:
             self.estimator = Estimator(self.graph, guide, settings, inputs)
         plates = [(plate.size, plate.batch_size) for plate in self.graph.plates]
         self._stream = Stream(plates, None, 1, device=device)
+        if self.share is not None:
+            self._stream = self.share.stream(self.graph.plates, None, 1, device=device)
+            self.estimator.thin.clear()  # thin factors of one rank's rows give no size of the whole step
         self._programs: dict[Any, _Recorded] = {}
         self._noises: list[Tensor] = []
+        self.forgotten: list[str] = []
 
     @property
     def is_recorded(self) -> bool:
@@ -139,7 +153,8 @@ class Step:
         :param priors: parts of the directions that are known from an earlier step.
         """
         (rows,) = self._stream.next(1)
-        inputs = self.graph.inputs((args, dict(kwargs)), [t[0] for t in rows])
+        args, kwargs = (args, dict(kwargs)) if self.share is None else self.share.own(args, kwargs)
+        inputs = self.graph.inputs((args, kwargs), [t[0] for t in rows])
         noises = self._draw(params, statistics)
         if not self.is_recorded:
             return self._by_handlers(params, noises, inputs, statistics)
@@ -154,7 +169,11 @@ class Step:
                 [list(p) for p in params], len(inputs), statistics, list(priors), tensors
             )
         recorded = self._programs[key]
-        return _unflatten(recorded.program(*tensors), recorded.layout), leaves
+        if self.share is None:
+            return _unflatten(recorded.program(*tensors), recorded.layout), leaves
+        with self.share.ranks.own_randomness():
+            found = recorded.program(*tensors)
+        return self._over_ranks(params, noises, _estimates(found, recorded.layout)), leaves
 
     def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], params: Sequence[Params]) -> dict[str, str]:
         """Compare captured gradients with autograd's at the present guide; sites that differ are not captured any more.
@@ -166,14 +185,32 @@ class Step:
             return {}
         device = self.graph.structure.device
         rows = [torch.arange(plate.batch_size, device=device) for plate in self.graph.plates]
+        if self.share is not None:
+            args, kwargs = self.share.own(args, kwargs)
         inputs = self.graph.inputs((args, dict(kwargs)), rows)
         leaves = {n: v for b, p in zip(self.guide.blocks, params, strict=True) for n, v in b.split(p["loc"]).items()}
         values = {name: site.constrain(leaves[name]) for name, site in self.graph.structure.sites.items()}
         wrong = capture.recheck(values, inputs, self.graph.parameters)
         if wrong:
-            self.estimator.forget(wrong)
-            self._programs.clear()
+            self._forget(wrong)
         return wrong
+
+    def _forget(self, names: Iterable[str]) -> None:
+        self.forgotten += names
+        self.estimator.forget(self.forgotten)
+        self._programs.clear()
+
+    def state(self) -> dict[str, Any]:
+        """The position in the order of rows, and the sites that are not captured any more, for a checkpoint."""
+        return {"rows": self._stream.rows_state(), "forgotten": list(self.forgotten)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from another step's :meth:`state`."""
+        self._stream.load_rows_state(state["rows"])
+        if state["forgotten"] and self.estimator.capture is not None:
+            for name in state["forgotten"]:
+                self.estimator.capture.uses.pop(name, None)
+            self._forget(state["forgotten"])
 
     def _draw(self, params: Sequence[Params], statistics: bool) -> list[Tensor]:
         """Standard normal numbers for each block, into memory that stays; none where layers draw their own."""
@@ -202,6 +239,9 @@ class Step:
                 self.estimator(params, [n[k] for n in noises], inputs, own, statistics, priors)
                 for k in range(self.settings.num_particles)
             ]
+            if self.share is not None:  # what follows is no linear function of the rows
+                outputs, layout[:] = _flattened(particles)
+                return tuple(outputs)
             outputs, layout[:] = _flatten(self._combine(params, particles))
             return tuple(outputs)
 
@@ -217,7 +257,21 @@ class Step:
             for k in range(self.settings.num_particles)
         ]
         leaves = self.graph.seen_parameters
+        if self.share is not None:
+            return self._over_ranks(params, noises, particles), leaves
         return self._combine(params, particles), leaves
+
+    def _over_ranks(self, params: Sequence[Params], noises: Sequence[Tensor], particles: list[Estimate]) -> Result:
+        """Estimates of all rows: the mean over ranks of those of each, which are linear in the rows."""
+        assert self.share is not None
+        outputs, layout = _flattened(particles)
+        share, names = self.share, _names_of(layout)
+        if share.weight != 1.0:  # means over the rows of a rank
+            outputs = [t * share.weight if n in MEANS else t for t, n in zip(outputs, names, strict=True)]
+        particles = _estimates(share.mean(outputs), layout)
+        for k, particle in enumerate(particles):
+            self.estimator.finish([noise[k] for noise in noises], particle)
+        return self._combine(params, particles)
 
     def _combine(self, params: Sequence[Params], particles: Sequence[Estimate]) -> Result:
         """The mean over particles, its natural directions, and the trust region."""
@@ -251,6 +305,41 @@ class Step:
         ]
         own = [_mean([particle.parameters[k] for particle in particles]) for k in range(len(particles[0].parameters))]
         return Result(_mean([particle.loss for particle in particles]), size, directions, priors, targets, own)
+
+
+def _flattened(particles: Sequence[Estimate]) -> tuple[list[Tensor], list[Any]]:
+    outputs: list[Tensor] = []
+    layout: list[Any] = []
+    for one in particles:
+        outputs += [one.loss, *(w for w in one.whitened if isinstance(w, Tensor))]
+        outputs += [tensor for block in one.targets for tensor in block.values()]
+        outputs += one.parameters
+        layout.append((len(one.whitened), [list(block) for block in one.targets], len(one.parameters)))
+    return outputs, layout
+
+
+def _names_of(layout: Sequence[Any]) -> list[str]:
+    """Names of the flattened tensors, those of targets; empty for the others."""
+    names: list[str] = []
+    for blocks, targets, own in layout:
+        names += ["", *[""] * blocks, *(name for block in targets for name in block), *[""] * own]
+    return names
+
+
+def _estimates(outputs: Sequence[Tensor], layout: Sequence[Any]) -> list[Estimate]:
+    feed = iter(outputs)
+    found = []
+    for blocks, targets, own in layout:
+        loss, whitened = next(feed), [next(feed) for _ in range(blocks)]
+        found.append(
+            Estimate(
+                loss,
+                [*whitened],
+                [{n: next(feed) for n in block} for block in targets],
+                [next(feed) for _ in range(own)],
+            )
+        )
+    return found
 
 
 def _mean(values: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from bnn.guides.natural_gradient_descent import NATURAL
+from bnn.guides.natural_gradient_descent import NATURAL, Natural
 
 
 class _Handle:
@@ -33,25 +33,40 @@ def tell(named: Iterable[tuple[str, Tensor]], others: Iterable[Tensor] = ()) -> 
         statement(_Handle(leaf), name=f"parameter_{id(leaf)}")
 
 
+def rate_of(leaf: Tensor) -> float | None:
+    """The rate of the last step; None where the optimizer has not left it."""
+    natural = getattr(leaf, NATURAL, None)
+    return None if natural is None else natural.rate
+
+
+def set_rate(leaf: Tensor, rate: float | None) -> None:
+    """As if the optimizer had left that rate."""
+    if rate is not None:
+        natural = Natural("loc")
+        natural.rate = rate
+        setattr(leaf, NATURAL, natural)
+
+
 def steps_per_unit(leaf: Tensor) -> int:
     """Steps that make up a rate of one; 1 where the optimizer has not left its rate."""
-    natural = getattr(leaf, NATURAL, None)
-    rate = None if natural is None else natural.rate
+    rate = rate_of(leaf)
     return 1 if rate is None else int(1.0 / max(rate, 1e-9)) or 1
 
 
 def is_followed(leaf: Tensor) -> bool:
     """Whether the optimizer has shown by its last step that it reads more than gradients."""
-    natural = getattr(leaf, NATURAL, None)
-    return natural is not None and natural.rate is not None
+    return rate_of(leaf) is not None
 
 
 class OptimizerCheck:
-    """Whether the first step of an optimizer was along the gradient that it was given."""
+    """Whether the first step of an optimizer was along the gradient that it was given.
 
-    def __init__(self) -> None:
+    :param done: whether that is known, of a training that goes on.
+    """
+
+    def __init__(self, done: bool = False) -> None:
         self._first: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        self._checked = False
+        self._checked = done
 
     def remember(self, leaves: Iterable[Any]) -> None:
         """At the first step, where each parameter stands and where its gradient points."""

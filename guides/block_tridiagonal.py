@@ -18,8 +18,9 @@ layer; of an update, two eigendecompositions per layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,16 @@ class BlockTridiagonal:
             regressions.append(_Regression(psi_a, psi_s, k_a, k_s, 1.0 / rest))
         last = (torch.cholesky_inverse(factors[-1][0]), torch.cholesky_inverse(factors[-1][1]))
         return BlockTridiagonal(regressions, last)
+
+    def state(self) -> dict[str, Any]:
+        """Its tensors, for a checkpoint."""
+        own = [(r.inputs, r.outputs, r.of_inputs, r.of_outputs, r.scale) for r in self._regressions]
+        return {"regressions": own, "last": self._last}
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> BlockTridiagonal:
+        """The inverse whose :meth:`state` this is."""
+        return BlockTridiagonal([_Regression(*tensors) for tensors in state["regressions"]], tuple(state["last"]))
 
     def __call__(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """F̂⁻¹ times the matrices (outputs, inputs) of all layers."""

@@ -38,9 +38,11 @@ from bnn.guides._kronecker import Damping, inverses, precision_of
 from bnn.guides._point import Minibatch, Outputs, Point
 from bnn.guides._point_leaves import PointLeaves
 from bnn.guides._quadratic import inner, minimizer
+from bnn.guides._ranks import agree, owners_of
 from bnn.guides._running_means import RunningMeans
 from bnn.guides.block_tridiagonal import BlockTridiagonal, Moments
 from bnn.guides.matrix_normal import MatrixBlock
+from bnn.ranks import Ranks
 
 ADAPT_EVERY, DECAY = 5, (19 / 20) ** 5
 
@@ -67,6 +69,7 @@ class PointEstimate:
     :param statistics_every: steps between estimates of the moments.
     :param inverses_every: steps between inverses, a multiple of it. Before that both are also due at steps 1, 2, 4, ...
     :param curvature_rate: weight of a new estimate in the running means, which are bias-corrected.
+    :param ranks: the processes that share rows and inverses out.
     :raises ValueError: for settings out of range.
     """
 
@@ -84,6 +87,7 @@ class PointEstimate:
         statistics_every: int = 1,
         inverses_every: int = 1,
         curvature_rate: float = 0.05,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.guide, self.settings = model, guide, settings or PointSettings()
         if self.settings.curvature not in ("sampled", "ggn", "empirical"):
@@ -109,7 +113,7 @@ class PointEstimate:
         self.trust_region, self.rescale, self.momentum = trust_region, rescale, momentum
         self.statistics_every, self.inverses_every = statistics_every, inverses_every
         self.curvature_rate = curvature_rate
-        self.count = 0
+        self.count, self.ranks = 0, ranks
         self._points: dict[Any, Point] = {}
         self._leaves = PointLeaves(guide)
         self._means = RunningMeans(curvature_rate)
@@ -122,6 +126,7 @@ class PointEstimate:
         self._update: dict[str, Tensor] = {}
         self._known: dict[str, Tensor] = {}
         self._layout: Any = None
+        self._resumed: dict[str, Any] = {}
 
     def loss_and_grads(self, kind: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         """The loss; minus the update at rate 1 is left in ``.grad`` of the guide's parameters.
@@ -133,6 +138,8 @@ class PointEstimate:
         :raises RuntimeError: if the loss is not finite, or the curvature is singular.
         """
         leaves = self._leaves.current(args, kwargs)
+        if self.ranks is not None:
+            agree(self.ranks, self.count, list(leaves.values()))
         point, early = self._point(kind, args, kwargs, leaves)
         if self._last is not None:
             self._adapt(leaves)
@@ -161,6 +168,59 @@ class PointEstimate:
         self._leaves.tell(batch.leaves)
         return loss
 
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on besides parameters, for a checkpoint."""
+        last = self._resumed.get("last")
+        if self._last is not None:
+            point, batch, before, loss = self._last
+            kind = next(kind for kind, own in self._points.items() if own is point)
+            last = {"kind": repr(kind), "inputs": batch.inputs, "parameters": batch.parameters, "before": before}
+            last["loss"] = loss
+        chained = {kind: found.state() for kind, found in self._inverses.items() if isinstance(found, BlockTridiagonal)}
+        return {
+            "count": self.count,
+            "damping": self.damping,
+            "means": self._means.state(),
+            "inverses": {kind: found for kind, found in self._inverses.items() if kind not in chained},
+            "chained": chained,
+            "raised": sorted(self._damp.raised),
+            "prior": dict(self._prior),
+            "prior_length": dict(self._prior_length),
+            "prior_age": self._prior_age,
+            "update": dict(self._update),
+            "last": last,
+            "rates": self._leaves.rates(),
+            "rows": self._resumed.get("rows", {}) | {repr(kind): p.state() for kind, p in self._points.items()},
+        }
+
+    def load_state(self, state: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Go on from another training's :meth:`state`."""
+        self.count, self.damping = state["count"], state["damping"]
+        self._means.load_state(state["means"])
+        self._inverses = dict(state["inverses"])
+        self._inverses |= {kind: BlockTridiagonal.from_state(one) for kind, one in state["chained"].items()}
+        self._damp.raised = set(state["raised"])
+        self._prior, self._prior_length = dict(state["prior"]), dict(state["prior_length"])
+        self._prior_age, self._update = state["prior_age"], dict(state["update"])
+        self._resumed = {"rows": dict(state["rows"]), "last": state["last"]}
+        if self.count:
+            self._known = self._leaves.current(args, kwargs)
+            self._leaves.load_rates(state["rates"])
+
+    def _resume(self, kind: Any, point: Point) -> bool:
+        """Take over what a checkpoint knows of arguments of this kind; whether it knows them."""
+        rows, last = self._resumed.get("rows", {}).pop(repr(kind), None), self._resumed.get("last")
+        if rows is None:
+            return False
+        point.load_state(rows)
+        if last is not None and last["kind"] == repr(kind):
+            batch = Minibatch(last["inputs"], last["parameters"])
+            self._last = point, batch, last["before"], last["loss"]
+        self._resumed["last"] = None
+        if self._layout is None:
+            self._layout = [block.names for block in point.sites.blocks], point.sites.chains
+        return True
+
     def _point(
         self, kind: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: dict[str, Tensor]
     ) -> tuple[Point, bool]:
@@ -169,7 +229,13 @@ class PointEstimate:
         if leaves is not self._known:  # at first, and after the parameter store was loaded
             self._known, self._last, self._update = leaves, None, {}
         if kind not in self._points:
-            self._points[kind] = Point(self.model, args, kwargs, self.settings)
+            self._points[kind] = Point(self.model, args, kwargs, self.settings, self.ranks)
+            if self.ranks is not None and self._points[kind].sites.missed and (self.rescale or self.adaptive_damping):
+                raise NotImplementedError(
+                    f"sites {sorted(self._points[kind].sites.missed)} have no curvature but squared gradients, of "
+                    "which ranks='data' knows no quadratic model: leave rescale and adaptive_damping out."
+                )
+            new = not self._resume(kind, self._points[kind])
         point = self._points[kind]
         self._leaves.check(point.graph.structure.sites)
         layout = [block.names for block in point.sites.blocks], point.sites.chains
@@ -195,10 +261,17 @@ class PointEstimate:
         pairs = [(means["input_moment", n], means["output_moment", n]) for n in range(len(sites.blocks))]
         units = [float(a.diagonal().mean() * s.diagonal().mean()) for a, s in pairs]
         in_chains = {number for chain in sites.chains for number in chain}
-        for number, block in enumerate(sites.blocks):
-            if number not in in_chains:
-                both = partial(inverses, *pairs[number])
-                self._inverses[number] = self._damp(block.names, dampings[number], units[number], both)
+        numbers = [number for number in range(len(sites.blocks)) if number not in in_chains]
+        owners = owners_of(self.ranks, [sites.blocks[number] for number in numbers])
+        for number, owner in zip(numbers, owners, strict=True):
+            if self.ranks is not None and owner != self.ranks.rank:
+                self._inverses[number] = torch.empty_like(pairs[number][0]), torch.empty_like(pairs[number][1])
+                continue
+            both = partial(inverses, *pairs[number])
+            self._inverses[number] = self._damp(sites.blocks[number].names, dampings[number], units[number], both)
+        if self.ranks is not None:
+            both_of = [(tensor, o) for n, o in zip(numbers, owners, strict=True) for tensor in self._inverses[n]]
+            self.ranks.spread([tensor for tensor, _ in both_of], [owner for _, owner in both_of])
         for chain in sites.chains:
             names = [name for number in chain for name in sites.blocks[number].names]
             own = [dampings[number] for number in chain]

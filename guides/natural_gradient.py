@@ -21,6 +21,7 @@ from bnn.guides._estimate import Settings
 from bnn.guides._kfac_blocks import PointSettings
 from bnn.guides._perturbed import NOISES
 from bnn.guides._progress import Progress
+from bnn.guides._ranks import agree, owners_of
 from bnn.guides._step import Result, Step
 from bnn.guides._svi import is_followed
 from bnn.guides._triangular import LARGE
@@ -28,6 +29,7 @@ from bnn.guides.eigen_normal import EigenBlock
 from bnn.guides.kfac import PointEstimate
 from bnn.guides.matrix_normal import MatrixBlock
 from bnn.guides.natural_gradient_descent import NATURAL, Natural
+from bnn.ranks import Ranks
 from bnn.tiers import check_tier
 
 DAMPINGS = ("exact", "factored")
@@ -75,6 +77,8 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
     :param rescale_momentum: for ``AutoDelta``: and add the best multiple of the step before.
     :param block_tridiagonal: for ``AutoDelta``: curvature also between neighbouring layers.
     :param compile: ``"fx"`` or ``"inductor"``, see :mod:`bnn.tiers`.
+    :param ranks: ``"data"``: the processes of ``torchrun`` share the rows out, and the factors to invert
+        (:mod:`bnn.ranks`; Ba, Grosse and Martens 2017). Labels, signs and dropout are random on each rank by itself.
     :raises ValueError: for settings out of range, a guide without a natural site, an optimizer that is not for natural
         gradients.
     :raises RuntimeError: if the loss is not finite. Parameters keep their values.
@@ -102,6 +106,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         rescale_momentum: bool = False,
         block_tridiagonal: bool = False,
         compile: str = "fx",
+        ranks: str | None = None,
     ) -> None:
         super().__init__(num_particles=num_particles, vectorize_particles=False)
         _one_of("curvature", curvature, CURVATURES)
@@ -128,6 +133,9 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
             curvature, label_samples, kl_weight, stick_the_landing, damping == "factored", extrinsic_damping,
             trust_region, noise, num_particles, vectorize_particles, "fx" if compile == "auto" else compile,
         )  # fmt: skip
+        if ranks not in (None, "data"):
+            raise ValueError(f"ranks={ranks!r} is unknown: give 'data' or None; only MCMC has chains to share out.")
+        self._ranks = None if ranks is None else Ranks()
         self.statistics_every, self.inverses_every = statistics_every, inverses_every
         self.curvature_rate, self.check_every = curvature_rate, check_every
         self._for_points = {
@@ -137,6 +145,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         self._points: weakref.WeakKeyDictionary[Any, PointEstimate] = weakref.WeakKeyDictionary()
         self._steps: dict[Any, Step] = {}
         self._progress: weakref.WeakKeyDictionary[Any, Progress] = weakref.WeakKeyDictionary()
+        self._resumed: dict[str, Any] = {}
 
     # ---- what Pyro asks for
 
@@ -147,10 +156,14 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
             return self._point_estimate(model, unwrapped).loss_and_grads(kind_of(args, kwargs), args, kwargs)
         natural = self._natural_guide(unwrapped)
         if not natural.blocks:
+            if self._ranks is not None:
+                self._ranks.same_randomness()
             poutine.block(natural)(*args, **kwargs)
         if natural not in self._progress:
             self._progress[natural] = Progress(natural)
         progress = self._progress[natural]
+        if self._ranks is not None:
+            agree(self._ranks, self._progress[natural].count, [*natural.parameters(), *natural.buffers()])
         progress.check_optimizer()
         since = progress.count % self.inverses_every
         params = progress.parameters.current()
@@ -195,6 +208,37 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
                 total -= (likelihood - self.settings.kl_weight * divergence) / self.num_particles
         return total
 
+    # ---- checkpoints
+
+    def training_state(self, guide: Any) -> dict[str, Any]:
+        """All that the next step of a guide's training depends on besides parameters; :func:`bnn.checkpoint` asks."""
+        if guide in self._points:
+            return {"point": self._points[guide].state()}
+        steps = {repr(kind): step.state() for (_, one, kind), step in self._steps.items() if one == id(guide)}
+        steps = {**self._resumed, **steps}
+        progress = self._progress.get(guide)
+        return {"progress": None if progress is None else progress.state(), "steps": steps}
+
+    def load_training_state(
+        self, model: Any, guide: Any, state: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Go on from another training's :meth:`training_state`.
+
+        :param model: the model.
+        :param guide: its guide, with its parameters as they were.
+        :param state: the state.
+        :param args: the model's arguments.
+        :param kwargs: its keyword arguments.
+        """
+        self._resumed, self._steps = {}, {}
+        if "point" in state:
+            self._points.pop(guide, None)
+            self._point_estimate(model, guide).load_state(state["point"], args, kwargs)
+        elif state["progress"] is not None:
+            self._resumed = dict(state["steps"])
+            self._progress[guide] = progress = Progress(guide)
+            progress.load_state(state["progress"])
+
     # ---- its parts
 
     def _point_estimate(self, model: Any, guide: AutoDelta) -> PointEstimate:
@@ -207,7 +251,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
             self._points[guide] = PointEstimate(
                 model, guide, point, damping=settings.extrinsic_damping, trust_region=settings.trust_region,
                 statistics_every=self.statistics_every, inverses_every=self.inverses_every,
-                curvature_rate=self.curvature_rate, **own,
+                curvature_rate=self.curvature_rate, ranks=self._ranks, **own,
             )  # fmt: skip
         return self._points[guide]
 
@@ -226,7 +270,9 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
     def _step(self, model: Any, guide: NaturalGuide, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
         key = (id(model), id(guide), kind_of(args, kwargs))
         if key not in self._steps:
-            step = self._steps[key] = Step(model, guide, args, kwargs, self.settings)
+            step = self._steps[key] = Step(model, guide, args, kwargs, self.settings, self._ranks)
+            if (resumed := self._resumed.pop(repr(key[-1]), None)) is not None:
+                step.load_state(resumed)
             self._report(step)
         return self._steps[key]
 
@@ -250,15 +296,26 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         return self.settings.factored or any(isinstance(block, EigenBlock) for block in guide.blocks)
 
     def _refresh(self, guide: NaturalGuide, params: list[dict[str, Tensor]], progress: Progress) -> Any:
-        """Second moments into bases and factors."""
+        """Second moments into bases and factors; each rank does its share of the blocks."""
+        owners, ranks = owners_of(self._ranks, guide.blocks), self._ranks
+        changed: list[tuple[Tensor, int]] = []
         for number, (block, leaves) in enumerate(zip(guide.blocks, progress.parameters.leaves, strict=True)):
-            targets = progress.mean(number)
+            targets, is_own = progress.mean(number), ranks is None or owners[number] == ranks.rank
             with torch.no_grad():
                 if isinstance(block, EigenBlock) and "row_moment" in targets:
-                    block.refresh(params[number], leaves, self.curvature_rate, targets)
+                    if is_own:
+                        block.refresh(params[number], leaves, self.curvature_rate, targets)
+                    parts = [leaves["eigen_scale"], *(params[number][name] for name in block.buffers)]
                 elif self.settings.factored and isinstance(block, MatrixBlock) and "row_moment" in targets:
                     moments = progress.averaged(number, targets, self.curvature_rate)
-                    block.set_factored(leaves, **moments)
+                    if is_own:
+                        block.set_factored(leaves, **moments)
+                    parts = [leaves["row_scale_tril"], leaves["col_scale_tril"]]
+                else:
+                    continue
+            changed += [(part, owners[number]) for part in parts]
+        if ranks is not None:
+            ranks.spread([part for part, _ in changed], [owner for _, owner in changed])
         progress.forget()
         return progress.parameters.current()
 
@@ -276,6 +333,8 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
                     gradients.update(block.scale_gradients(params[number], targets))
                 count = progress.events if in_factors else 1
                 natural.update({n: Natural(block.parameters[n], t, count) for n, t in targets.items()})
+                for name, one in natural.items():
+                    one.place, one.ranks = (number, name), self._ranks
             for name, leaf in leaves.items():
                 leaf.grad = gradients[name].reshape(leaf.shape) if name in gradients else None
                 setattr(leaf, NATURAL, natural.get(name))

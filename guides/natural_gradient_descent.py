@@ -7,7 +7,8 @@ X = ρ (R − I):  I + X + ½ X² = ½ [I + (I + X)²], which always is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from bnn.guides._triangular import divide_lower
+from bnn.ranks import Ranks
 
 # Attribute of an unconstrained parameter: its geometry, and what its natural gradient was made of.
 NATURAL = "bnn_natural"
@@ -27,13 +29,17 @@ class Natural:
     :ivar target: for a scale, the precision asked for relative to the present one; for a factor, the matrix R.
     :ivar count: how many estimates the target is the mean of.
     :ivar rate: the rate of the last step, which the optimizer leaves.
+    :ivar ranks: processes that share the factorizations out, or None.
+    :ivar place: where the parameter stands among them, the same on all.
     """
 
-    __slots__ = ("kind", "target", "count", "rate")
+    __slots__ = ("kind", "target", "count", "rate", "ranks", "place")
 
     def __init__(self, kind: str, target: Tensor | None = None, count: int = 1) -> None:
         self.kind, self.target, self.count = kind, target, count
         self.rate: float | None = None
+        self.ranks: Ranks | None = None
+        self.place: tuple[int, str] = (0, "")
 
 
 class NaturalGradientOptimizer(torch.optim.Optimizer):
@@ -125,6 +131,26 @@ def _step_tril(parameter: Tensor, target: Tensor, rate: float) -> None:
     parameter.diagonal().log_()
 
 
+@contextlib.contextmanager
+def _shared_out(params: Iterable[Any]) -> Iterator[None]:
+    """Inside, each rank factorizes its share of the targets; at the end all get all."""
+    found = [(getattr(parameter, NATURAL, None), parameter) for parameter in params]
+    tril = [
+        (n, p) for n, p in found if n is not None and n.ranks is not None and n.kind == "tril" and n.target is not None
+    ]
+    if not tril:
+        yield
+        return
+    tril.sort(key=lambda pair: pair[0].place)
+    ranks = tril[0][0].ranks
+    owners = ranks.owners([float(len(parameter)) ** 3 for _, parameter in tril])
+    for (natural, _), owner in zip(tril, owners, strict=True):
+        if owner != ranks.rank:
+            natural.target = None
+    yield
+    ranks.spread([parameter for _, parameter in tril], owners)
+
+
 class NaturalGradientDescent(PyroOptim):
     """A ``PyroOptim`` for the natural gradients of :class:`~bnn.guides.TraceNaturalGradient_ELBO`.
 
@@ -154,7 +180,7 @@ class NaturalGradientDescent(PyroOptim):
 
     def __call__(self, params: Iterable[Any], *args: Any, **kwargs: Any) -> None:
         """A step on every parameter; ``SVI`` calls this."""
-        with torch.no_grad():
+        with torch.no_grad(), _shared_out(params := list(params)):
             for parameter in params:
                 optimizer = self.optim_objs.get(parameter)
                 if optimizer is None or self.grad_clip[parameter] is not None:

@@ -14,7 +14,6 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
-from bnn.full_data import minibatches_in_all
 from bnn.initialization import Strategy, strategy_of
 from bnn.kernels._algorithm import EnergyAndGrad, Evaluation
 from bnn.kernels._coordinates import Number, spread
@@ -24,6 +23,7 @@ from bnn.kernels.preconditioners import Preconditioner
 from bnn.kernels.schedules import Schedule, check_setting, value_at
 from bnn.kernels.variance_reduction import VarianceReduction
 from bnn.potential import Potential
+from bnn.ranks import Ranks
 from bnn.tiers import check_tier
 
 # Where step_size="auto" starts before anything is known.
@@ -90,6 +90,7 @@ class StochasticGradientKernel(MCMCKernel):
         self.init_strategy = init_strategy
         self.transforms: dict[str, Any] | None = None
         self.num_chains: int | None = None  # set by a runner that moves several chains at once
+        self.ranks: Ranks | None = None  # set by a runner that shares the rows of minibatches out
         self.num_samples: int | None = None  # set by a runner that knows it: decides whether compiling pays
         self._initial_params: Mapping[str, Tensor] | None = None
         self._run: Run | None = None
@@ -220,8 +221,9 @@ class StochasticGradientKernel(MCMCKernel):
         """Record the model and place the chains; called by the runner before each run."""
         chains = self.num_chains or 1
         potential = Potential(
-            self.model, *args, batches=self.batches, compile=self.compile, replacement=self.replacement, **kwargs
-        )
+            self.model, *args, batches=self.batches, compile=self.compile, replacement=self.replacement,
+            ranks=self.ranks, **kwargs,
+        )  # fmt: skip
         self._run = run = Run(self, potential, chains, warmup_steps)
         if self._initial_params is None:
             position = potential.initial(chains, self.init_strategy)
@@ -248,7 +250,7 @@ class StochasticGradientKernel(MCMCKernel):
         if run.anchoring is not None:
             self.gradients_per_step = type(self).gradients_per_step * run.anchoring.gradients_per_step
         elif run.in_chunks:
-            self.gradients_per_step = minibatches_in_all(potential.plates.values())
+            self.gradients_per_step = potential.minibatches_in_all
         self.check_plan(None if self.num_samples is None else warmup_steps + draws)
         if warmup_steps:
             self.check_warmup(warmup_steps)

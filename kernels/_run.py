@@ -119,6 +119,8 @@ class Run:
         """Û and ∇Û in the model's coordinates, on given minibatches; or U and ∇U."""
         if self.in_chunks:
             return self.potential.full_energy_and_grad(position, self.planned_steps)
+        if self.potential.share is not None:
+            return self.potential.evaluate(position, inputs)
         return self.potential.traced_energy_and_grad(position, inputs)
 
     def _energy_and_grad(
@@ -314,8 +316,8 @@ class Run:
         self.noise[steps] = (noise, noise.unbind(0))
         numbers = [c for s in range(1 if self.constant else steps) for c in self.numbers_at(s)]
         numbers += self.metric.tensors
-        if self.in_chunks:
-            return Program(function, "chunks")  # of which the gradient is many calls of a recorded program
+        if self.in_chunks or self.potential.share is not None:
+            return Program(function, "chunks")  # whose gradient is many calls of a recorded program, or many ranks'
         example = [*self.state, *noise.unbind(0), *inputs, *self._anchor, *numbers]
         per_chain = [True] * (len(example) - len(numbers)) + [False] * len(numbers)
         return self.potential.program(function, example, per_chain, calls)

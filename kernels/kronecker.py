@@ -14,6 +14,7 @@ outputs, and for corrected kernels. Estimates once a draw in warm-up, at the pla
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -104,6 +105,8 @@ class _KroneckerLearner(Learner):
         self._graph = graph
         plates = [(plate.size, plate.batch_size) for plate in graph.plates]
         self._stream = Stream(plates, None, 1, device=potential.device)
+        if potential.share is not None:
+            self._stream = potential.share.stream(graph.plates, None, 1, device=potential.device)
         shapes = {n: (s.value_shape[0], s.value_shape[1:].numel()) for n, s in potential.sites.items() if s.value_shape}
         self.shapes = {
             n: shape
@@ -126,7 +129,12 @@ class _KroneckerLearner(Learner):
     def observe(self, position: Tensor, grad: Tensor | None) -> None:
         """Estimate the curvature where the first chains are."""
         del grad
-        found = [self._statistics(z) for z in position[:CHAINS]]
+        share = self.potential.share
+        with contextlib.nullcontext() if share is None else share.ranks.own_randomness():  # for labels of its rows
+            found = [self._statistics(z) for z in position[:CHAINS]]
+        if share is not None:
+            means = [share.mean([t * share.weight if n[:6] == "inputs" else t for n, t in f.items()]) for f in found]
+            found = [dict(zip(f, mean, strict=True)) for f, mean in zip(found, means, strict=True)]
         self._weight = self.decay * self._weight + 1.0 - self.decay
         for name in found[0]:
             new = torch.stack([one[name] for one in found]).mean(0)

@@ -5,7 +5,6 @@ The private names of Pyro's runner that this project needs stand in this file.
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import MCMC as PyroMCMC
-from pyro.infer.mcmc.api import _MultiSampler, _UnarySampler
+from pyro.infer.mcmc.api import _UnarySampler
 from pyro.infer.mcmc.util import diagnostics as site_diagnostics
 from pyro.infer.mcmc.util import print_summary
 from torch import Tensor
@@ -23,6 +22,9 @@ from tqdm.auto import tqdm
 
 from bnn.kernels._base import StochasticGradientKernel
 from bnn.kernels._clock import Clock
+from bnn.kernels._parallel import ParallelSampler
+from bnn.kernels._ranks import sharing_of
+from bnn.ranks import RankError
 from bnn.run_statistics import site_facts
 from bnn.sampling_cost import describe_efficiency
 from bnn.temperature import describe_temperatures, verdict, wrong_temperature
@@ -31,7 +33,6 @@ METHODS = ("vectorized", "sequential", "parallel")
 
 # Above this many numbers a site's effective sample sizes cost more than they say.
 LARGEST_DIAGNOSED_SITE = 2_000
-
 
 STOPPED_IN_WARMUP = (
     "all chains left the finite numbers before their first draw: use a smaller step_size, standardise the data, or "
@@ -60,6 +61,9 @@ class MCMC(PyroMCMC):
     :param save_params: names of the sites to keep; all by default.
     :param chain_method: ``"vectorized"`` (all chains in one program; Pyro's own kernels run sequentially),
         ``"sequential"``, or ``"parallel"`` (one process per chain).
+    :param ranks: under ``torchrun``, what its processes share out (:mod:`bnn.ranks`): ``"chains"``, of which every rank
+        holds all at the end, or the rows of the ``"data"``. Reproducible for as many ranks; with
+        ``chain_method="sequential"`` chains are the same on any number of them.
     :raises ValueError: for fewer than one draw or chain, an unknown ``chain_method``, or unknown ``save_params``.
 
     >>> import pyro, torch, pyro.distributions as dist
@@ -76,6 +80,7 @@ class MCMC(PyroMCMC):
     sampler: Any  # Pyro leaves these without a type
     _samples: Any
     _diagnostics: Any
+    _failure: RankError | None
 
     def __init__(
         self,
@@ -92,6 +97,7 @@ class MCMC(PyroMCMC):
         save_params: Sequence[str] | None = None,
         *,
         chain_method: str = "vectorized",
+        ranks: str | None = None,
     ) -> None:
         for name, value, least in (
             ("num_samples", num_samples, 1),
@@ -124,17 +130,18 @@ class MCMC(PyroMCMC):
         self._facts: dict[str, Any] = {}
         self._diagnostics = [None] * num_chains
         self._sample_stats: dict[str, Tensor] = {}
-        self._initial = initial_params
         if initial_params is not None:
             if num_chains > 1:
                 self._validate_initial_params(initial_params)
             else:
                 initial_params = {name: value.unsqueeze(0) for name, value in initial_params.items()}
-            self._initial = initial_params
+        self._initial = initial_params
         self._ours = isinstance(kernel, StochasticGradientKernel)
+        self._sharing, self._failure = sharing_of(ranks, self._ours, chain_method), None
+        disable_progbar = self._disable_progbar = disable_progbar or not self._sharing.is_first
         settings = (kernel, num_samples, self.warmup_steps, num_chains)
         if chain_method == "parallel" and num_chains > 1:
-            self.sampler = _ParallelSampler(
+            self.sampler = ParallelSampler(
                 *settings, mp_context or "spawn", disable_progbar, initial_params=initial_params, hook=hook_fn
             )
         else:
@@ -161,17 +168,17 @@ class MCMC(PyroMCMC):
         validate = validation if self.disable_validation is None else not self.disable_validation
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         with poutine.block(), pyro.validation_enabled(validate):
-            if self.chain_method == "vectorized":
-                groups = [range(self.num_chains)]
-            else:
-                groups = [range(chain, chain + 1) for chain in range(self.num_chains)]
+            width = self.num_chains if self.chain_method == "vectorized" else 1
+            groups = [range(chain, chain + width) for chain in range(0, self.num_chains, width)]
             self._run_groups(groups, args, kwargs)
 
     def _run_groups(self, groups: Sequence[range], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        finished: list[_Draws] = []
+        finished: list[Any] = []
         self._facts = {"setup_time": 0.0, "warmup_time": 0.0, "sampling_time": 0.0, "gradient_evaluations": 0}
-        for group in groups:
+        self._failure = None
+        for group in self._sharing.start(groups):
             try:
+                self._sharing.before(group)
                 draws = self._run_group(group, args, kwargs)
             except KeyboardInterrupt:
                 if not finished:
@@ -182,6 +189,10 @@ class MCMC(PyroMCMC):
             finished.append(draws)
             if draws.interrupted:
                 break
+        try:
+            finished = self._sharing.gather(finished, self._facts)
+        except RankError as error:
+            self._failure = error
         self.num_samples = min(draws.count for draws in finished)
         count = self.num_samples
         self._diagnostics = [entry for draws in finished for entry in draws.diagnostics]
@@ -209,10 +220,13 @@ class MCMC(PyroMCMC):
         wrong = wrong_temperature({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim)
         if wrong:
             warnings.warn(wrong, RuntimeWarning, stacklevel=4)
+        if self._failure is not None:
+            raise self._failure
 
     def _run_group(self, chains: range, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Draws:
         kernel, warmup = self.kernel, self.warmup_steps
         kernel.num_chains, kernel.num_samples = len(chains), self.num_samples
+        kernel.ranks = self._sharing.for_kernel
         label = "" if len(chains) == self.num_chains else f" [{chains[0]}]"
         initial = self._initial
         kernel.initial_params = (
@@ -228,15 +242,16 @@ class MCMC(PyroMCMC):
             with tqdm(total=warmup + self.num_samples, disable=self._disable_progbar, desc="Warmup" + label) as bar:
                 try:
                     self._draw(draws, bar, label)
-                except KeyboardInterrupt:
+                except (KeyboardInterrupt, RankError) as stop:
                     if not draws.count:
                         raise
                     draws.interrupted = True
+                    self._failure = stop if isinstance(stop, RankError) else None
             draws.finish()
             return draws
         finally:
             kernel.cleanup()
-            kernel.num_chains = kernel.num_samples = None
+            kernel.num_chains = kernel.num_samples = kernel.ranks = None
 
     def _draw(self, draws: _Draws, bar: Any, label: str) -> None:
         kernel, hook, shown = self.kernel, self._hook, 0.0
@@ -248,6 +263,7 @@ class MCMC(PyroMCMC):
                     bar.write(f"Warm-up chose {kernel.warmup_report}.")
             kernel.advance()
             clock.tick(i < self.warmup_steps)
+            self._sharing.after_draw(kernel, i)
             if i >= self.warmup_steps:
                 draws.add(kernel.position)
             if hook is not None:
@@ -382,18 +398,3 @@ class _Draws:
         for entry in self.diagnostics:  # an interrupt may fall between a step and its draw
             entry["divergences"] = [draw for draw in entry["divergences"] if draw < self.count]
         self.stats = self.kernel.sample_stats()
-
-
-class _ParallelSampler(_MultiSampler):
-    """Pyro's process-per-chain sampler, except that each chain keeps its own starting point.
-
-    Pyro hands one kernel object to all workers, so that the last chain's initial values overwrite the others'.
-    """
-
-    def init_workers(self, *args: Any, **kwargs: Any) -> None:
-        super().init_workers(*args, **kwargs)
-        for process, chain in zip(self.workers, range(self.num_chains), strict=True):
-            worker = process._target.__self__
-            worker.kernel = copy.deepcopy(self.kernel)
-            if self.initial_params is not None:
-                worker.kernel.initial_params = {name: value[chain] for name, value in self.initial_params.items()}

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from bnn.full_data import minibatches_in_all
 from bnn.potential import Potential
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ class SVRG(VarianceReduction):
 
     def steps_between(self, potential: Potential) -> int:
         """``every``, or the minibatches in the data."""
-        return self.every or minibatches_in_all(potential.plates.values())
+        return self.every or potential.minibatches_in_all
 
 
 class Anchoring:
@@ -168,7 +167,7 @@ class Anchoring:
     @property
     def gradients_per_step(self) -> float:
         """Minibatch gradients for each one of the kernel, passes over all data included."""
-        return 2.0 + (minibatches_in_all(self.potential.plates.values()) / self.every if self.every else 0.0)
+        return 2.0 + (self.potential.minibatches_in_all / self.every if self.every else 0.0)
 
     def start(self, position: Tensor, step: int, energy_and_grad: EnergyAndGrad) -> None:
         """Set the anchor for chains that start from ``position``.

@@ -232,8 +232,8 @@ def _plain(value: Any, where: str) -> Any:
         items = {key: _plain(one, f"{where}[{key!r}]") for key, one in value.items()}
         return type(value)(items) if isinstance(value, (Counter, OrderedDict)) else items
     if isinstance(value, (list, tuple)):
-        items = [_plain(one, f"{where}[{number}]") for number, one in enumerate(value)]
-        return items if isinstance(value, list) else tuple(items)
+        parts = [_plain(one, f"{where}[{number}]") for number, one in enumerate(value)]
+        return parts if isinstance(value, list) else tuple(parts)
     raise RuntimeError(
         f"{where} is {type(value).__name__}, which cannot be kept: a checkpoint holds numbers, strings, tensors, lists "
         "and dicts. Put it into these, or leave it out of notes= or of the optimizer's settings."

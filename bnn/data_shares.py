@@ -235,7 +235,7 @@ class _Part(Messenger):
         def _subsample(name: str, size: Any = None, subsample_size: Any = None, *rest: Any) -> Any:
             return original(name, size, self.sizes.get(name, subsample_size), *rest)
 
-        SubsampleMessenger._subsample = staticmethod(_subsample)  # type: ignore[method-assign]
+        SubsampleMessenger._subsample = staticmethod(_subsample)  # type: ignore[assignment,method-assign]
         try:
             with self:
                 return self.model(*args, **kwargs)

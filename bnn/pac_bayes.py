@@ -208,7 +208,7 @@ def risk_certificate(
             for i in range(0, num_draws, BLOCK)
         ]
     )  # fmt: skip
-    return pac_bayes_bounds(risks, kl.value, len(rows), delta=delta, delta_draws=delta_draws)
+    return pac_bayes_bounds(risks.tolist(), kl.value, len(rows), delta=delta, delta_draws=delta_draws)
 
 
 def _risks(

@@ -55,6 +55,8 @@ class AutoDropout(FlatGuide):
     torch.Size([50])
     """
 
+    loc: Any  # a PyroParam, which reads as a tensor
+
     def __init__(
         self,
         model: Callable[..., Any],

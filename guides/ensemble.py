@@ -57,6 +57,8 @@ class AutoEnsemble(FlatGuide):
     torch.Size([50])
     """
 
+    positions: Any  # a PyroParam, which reads as a tensor
+
     def __init__(
         self,
         model: Callable[..., Any],

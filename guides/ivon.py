@@ -59,6 +59,8 @@ class AutoIVON(FlatGuide):
     torch.Size([50])
     """
 
+    state: Any  # a PyroParam, which reads as a tensor
+
     def __init__(
         self,
         model: Callable[..., Any],

@@ -90,6 +90,9 @@ class AutoPBP(FlatGuide):
     torch.Size([50])
     """
 
+    mean: Tensor
+    variance: Tensor
+
     def __init__(self, model: BayesianNet) -> None:
         super().__init__(model)
         layers = list(model.net) if isinstance(model, BayesianNet) and isinstance(model.net, nn.Sequential) else []
@@ -99,7 +102,7 @@ class AutoPBP(FlatGuide):
             )
         if not isinstance(layers[-1], nn.Linear) or layers[-1].out_features != 1:
             raise ValueError(f"AutoPBP needs one output, of a Linear; the net ends in {layers[-1]}.")
-        noise = model.likelihood
+        noise: Any = model.likelihood
         known = isinstance(noise, Gaussian) and isinstance(noise.scale, (int, float))
         learned = isinstance(noise, Gaussian) and isinstance(noise.precision, dist.Gamma)
         if not known and not (learned and float(noise.precision.concentration) > 1):
@@ -150,10 +153,10 @@ class AutoPBP(FlatGuide):
             raise RuntimeError(f"log Z is {float(log_z.detach())} at a row: standardize inputs and targets.")
         if not self._known_noise:
             shape, rate = self.gamma.tolist()
-            residual, spread = float(y - output.detach()), float(spread.detach())
+            residual, variance_of_output = float(y - output.detach()), float(spread.detach())
 
             def of_shape(shape: float) -> float:
-                total = spread + rate / (shape - 1)
+                total = variance_of_output + rate / (shape - 1)
                 return -0.5 * math.log(2 * math.pi * total) - 0.5 * residual**2 / total
 
             self.gamma.copy_(torch.tensor(moved_gamma(shape, rate, of_shape), dtype=torch.float64))

@@ -49,6 +49,10 @@ class AutoRankOne(FlatGuide):
     torch.Size([50])
     """
 
+    loc: Any  # PyroParams, which read as tensors
+    factor_loc: Any
+    factor_scale: Any
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -122,6 +126,7 @@ class AutoRankOne(FlatGuide):
         result = {}
         for name in self.weights:
             site = self.structure.sites[name]
+            assert site.normal is not None  # as _make has seen to
             (loc, scale), product, weight = site.normal, position[..., site.slice], self.loc[site.slice]
             result[name] = ((weight - loc).square() - (product - loc).square()).sum(-1) / (2 * scale**2)
         law, prior = dist.Normal(self.factor_loc, self.factor_scale), dist.Normal(1.0, self.prior_scale)

@@ -41,6 +41,8 @@ class AutoSnapshots(AutoEnsemble):
     (4, torch.Size([50]))
     """
 
+    snapshots: Tensor
+
     def __init__(self, model: Any, members: int = 1, **settings: Any) -> None:
         super().__init__(model, members, **settings)
 

@@ -57,6 +57,8 @@ class AutoSWAG(AutoEnsemble):
     torch.Size([50])
     """
 
+    deviations: Tensor
+
     def __init__(
         self,
         model: Callable[..., Any],

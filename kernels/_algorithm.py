@@ -30,6 +30,7 @@ class Algorithm(Protocol):
     evaluates_at_draws: bool
     observes_energy: bool
     needs_all_data: bool
+    replacement: bool
     balances_norms: bool
     variance_reduction: VarianceReduction | None
 

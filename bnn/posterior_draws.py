@@ -88,8 +88,8 @@ def draws_of(
             grouped, model or own, num_samples, args=run_args or (), kwargs=dict(run_kwargs or {}), has_data=known
         )
     if callable(posterior) and hasattr(posterior, "model"):
-        count = int(num_samples or getattr(posterior, "default_draws", GUIDE_DRAWS))
-        run = GuideRun(posterior, args, kwargs or {}, count)
+        default: int = getattr(posterior, "default_draws", GUIDE_DRAWS)
+        run = GuideRun(posterior, args, kwargs or {}, num_samples or default)
         return _of(run.get_samples(group_by_chain=True), model or run.kernel.model, None)
     if _is_arviz(posterior):
         return _of(_from_arviz(posterior), model, num_samples)

@@ -126,7 +126,7 @@ class AutoRankOne(FlatGuide):
         result = {}
         for name in self.weights:
             site = self.structure.sites[name]
-            assert site.normal is not None  # as _make has seen to
+            assert site.normal is not None  # or it were none of the weights
             (loc, scale), product, weight = site.normal, position[..., site.slice], self.loc[site.slice]
             result[name] = ((weight - loc).square() - (product - loc).square()).sum(-1) / (2 * scale**2)
         law, prior = dist.Normal(self.factor_loc, self.factor_scale), dist.Normal(1.0, self.prior_scale)

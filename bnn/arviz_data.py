@@ -134,7 +134,7 @@ def to_arviz(
         for name, value in prior.items():
             group = "prior_predictive" if name in observed else "prior"
             groups.setdefault(group, {})[name] = _numpy(value)[None]
-    attrs = {"posterior": _attributes(posterior, thin)}
+    attrs = {"posterior": attributes_of(posterior, thin)}
     facts = getattr(posterior, "run_facts", None)
     if facts:
         attrs["sample_stats"] = dict(facts)
@@ -291,7 +291,7 @@ def _fit(group: str, name: str, value: Any, shape: tuple[int, int] | None, thin:
     return array
 
 
-def _attributes(posterior: Any, thin: int) -> dict[str, Any]:
+def attributes_of(posterior: Any, thin: int) -> dict[str, Any]:
     """What the run was: numbers and strings only, so that they can be written to a file."""
     kernel: Any = getattr(posterior, "kernel", None)
     guide = getattr(kernel, "guide", None)

@@ -1,21 +1,20 @@
 """The runner: ``pyro.infer.MCMC`` that moves all chains at once.
 
-The private names of Pyro's runner that this project needs stand in this file.
+The private names of Pyro's runner that this project needs stand in this file and in ``_parallel``.
 """
 
 from __future__ import annotations
 
-import copy
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
-import torch
 from pyro import poutine
 from pyro.infer import MCMC as PyroMCMC
-from pyro.infer.mcmc.api import _MultiSampler, _UnarySampler
+from pyro.infer.mcmc.api import _UnarySampler
 from pyro.infer.mcmc.util import diagnostics as site_diagnostics
 from pyro.infer.mcmc.util import print_summary
 from torch import Tensor
@@ -23,8 +22,13 @@ from tqdm.auto import tqdm
 
 from bnn.kernels._base import StochasticGradientKernel
 from bnn.kernels._clock import Clock
+from bnn.kernels._draws import Draws, DrawsInMemory, gathered
+from bnn.kernels._parallel import ParallelSampler
+from bnn.kernels._stored_run import StoredRun, store_of
 from bnn.run_statistics import site_facts
 from bnn.sampling_cost import describe_efficiency
+from bnn.store import GROUPS, Store
+from bnn.stored_draws import Arrays, StoredGroup
 from bnn.temperature import describe_temperatures, verdict, wrong_temperature
 
 METHODS = ("vectorized", "sequential", "parallel")
@@ -60,7 +64,12 @@ class MCMC(PyroMCMC):
     :param save_params: names of the sites to keep; all by default.
     :param chain_method: ``"vectorized"`` (all chains in one program; Pyro's own kernels run sequentially),
         ``"sequential"``, or ``"parallel"`` (one process per chain).
+    :param store: a path, or a :class:`bnn.Store` with more settings: the draws go there block by block, and memory
+        holds the chains' state and one block. Read by ``get_samples``, ``bnn.to_arviz(path)`` and others.
+    :param resume: go on with a store that exists, bit for bit as if the run had never ended (on a CPU): after its end
+        (with a larger ``num_samples``), an interrupt, or a kill at any moment.
     :raises ValueError: for fewer than one draw or chain, an unknown ``chain_method``, or unknown ``save_params``.
+    :raises NotImplementedError: for a store with ``chain_method="parallel"`` or a kernel of Pyro's own.
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> from bnn.kernels import MCMC, SGLD
@@ -92,6 +101,8 @@ class MCMC(PyroMCMC):
         save_params: Sequence[str] | None = None,
         *,
         chain_method: str = "vectorized",
+        store: str | os.PathLike[str] | Store | None = None,
+        resume: bool = False,
     ) -> None:
         for name, value, least in (
             ("num_samples", num_samples, 1),
@@ -132,9 +143,11 @@ class MCMC(PyroMCMC):
                 initial_params = {name: value.unsqueeze(0) for name, value in initial_params.items()}
             self._initial = initial_params
         self._ours = isinstance(kernel, StochasticGradientKernel)
+        self.has_default_warmup = warmup_steps is None
+        self.store, self._resume = store_of(store, resume, self._ours and chain_method != "parallel"), resume
         settings = (kernel, num_samples, self.warmup_steps, num_chains)
         if chain_method == "parallel" and num_chains > 1:
-            self.sampler = _ParallelSampler(
+            self.sampler = ParallelSampler(
                 *settings, mp_context or "spawn", disable_progbar, initial_params=initial_params, hook=hook_fn
             )
         else:
@@ -165,37 +178,51 @@ class MCMC(PyroMCMC):
                 groups = [range(self.num_chains)]
             else:
                 groups = [range(chain, chain + 1) for chain in range(self.num_chains)]
-            self._run_groups(groups, args, kwargs)
-
-    def _run_groups(self, groups: Sequence[range], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        finished: list[_Draws] = []
-        self._facts = {"setup_time": 0.0, "warmup_time": 0.0, "sampling_time": 0.0, "gradient_evaluations": 0}
-        for group in groups:
+            if self.store is None:
+                self._run_groups(groups, args, kwargs)
+                return
+            stored = StoredRun(self, self.store, self._resume)
             try:
-                draws = self._run_group(group, args, kwargs)
+                self._run_groups(groups, args, kwargs, stored)
+            finally:
+                stored.close()
+
+    def _run_groups(
+        self,
+        groups: Sequence[range],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        stored: StoredRun | None = None,
+    ) -> None:
+        finished: list[Draws] = []
+        asked = count = self.num_samples if stored is None else stored.kept
+        self._facts = {"setup_time": 0.0, "warmup_time": 0.0, "sampling_time": 0.0, "gradient_evaluations": 0}
+        for number, group in enumerate(groups):
+            if stored is not None and not stored.before_setup(number, group):
+                continue
+            try:
+                draws = self._run_group(group, args, kwargs, stored)
             except KeyboardInterrupt:
                 if not finished:
                     raise
                 break
-            if draws.interrupted and draws.count < self.num_samples and finished:
+            if draws.interrupted and draws.count < count and finished:
                 break  # interrupted: the finished chains are whole
             finished.append(draws)
             if draws.interrupted:
                 break
-        self.num_samples = min(draws.count for draws in finished)
-        count = self.num_samples
         self._diagnostics = [entry for draws in finished for entry in draws.diagnostics]
+        if stored is not None:
+            self._diagnostics = [*stored.finished, *self._diagnostics]
+        self.num_samples = count = min(draws.count for draws in finished)
         if all(len(entry["divergences"]) == count for entry in self._diagnostics):
             raise RuntimeError(STOPPED_IN_WARMUP)
-        values = [draws.values[:, :count] for draws in finished]
-        z = torch.cat(values) if len(values) > 1 else values[0]
-        self.transforms = self.kernel.transforms if self.transforms is None else self.transforms
-        self._samples = {}
-        for name, (place, shape) in finished[0].places.items():
-            value = z[..., place].reshape(*z.shape[:2], *shape)
-            self._samples[name] = self.transforms[name].inv(value) if name in self.transforms else value
-        stats = [draws.stats for draws in finished]
-        self._sample_stats = {name: torch.cat([s[name][:, :count] for s in stats]) for name in stats[0]}
+        if self.transforms is None:
+            self.transforms = self.kernel.transforms
+        if stored is None:
+            self._samples, self._sample_stats = gathered(finished, count, self.transforms)
+        else:
+            self._samples, self._sample_stats = (StoredGroup(stored.options.path, group) for group in GROUPS)
         if len(self._diagnostics) < self.num_chains:
             warnings.warn(
                 f"interrupted: {len(self._diagnostics)} of {self.num_chains} chains are complete and kept.",
@@ -203,14 +230,16 @@ class MCMC(PyroMCMC):
                 stacklevel=4,
             )
             self.num_chains = len(self._diagnostics)
-        elif count < self._asked_samples:
+        elif count < asked:
             why = "interrupted" if finished[-1].interrupted else "all chains stopped"
-            warnings.warn(f"{why}: {count} of {self._asked_samples} draws are kept.", RuntimeWarning, stacklevel=4)
-        wrong = wrong_temperature({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim)
+            warnings.warn(f"{why}: {count} of {asked} draws are kept.", RuntimeWarning, stacklevel=4)
+        wrong = wrong_temperature(Arrays(self._sample_stats), dim=self._dim)
         if wrong:
             warnings.warn(wrong, RuntimeWarning, stacklevel=4)
 
-    def _run_group(self, chains: range, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Draws:
+    def _run_group(
+        self, chains: range, args: tuple[Any, ...], kwargs: Mapping[str, Any], stored: StoredRun | None
+    ) -> Draws:
         kernel, warmup = self.kernel, self.warmup_steps
         kernel.num_chains, kernel.num_samples = len(chains), self.num_samples
         label = "" if len(chains) == self.num_chains else f" [{chains[0]}]"
@@ -223,13 +252,21 @@ class MCMC(PyroMCMC):
             kernel.setup(warmup, *args, **kwargs)
             self._facts["setup_time"] += time.perf_counter() - start
             self._facts.update(site_facts(kernel.potential.sites))
-            draws = _Draws(kernel, len(chains), self.num_samples, self._save)
             self._dim = kernel.potential.dim
-            with tqdm(total=warmup + self.num_samples, disable=self._disable_progbar, desc="Warmup" + label) as bar:
+            if stored is None:
+                draws: Draws = DrawsInMemory(kernel, len(chains), self.num_samples, self._save)
+            else:
+                draws = stored.draws(chains)
+            total = warmup + self.num_samples
+            with (
+                draws.signals(),
+                tqdm(total=total, initial=draws.done, disable=self._disable_progbar, desc="Warmup" + label) as bar,
+            ):
                 try:
                     self._draw(draws, bar, label)
-                except KeyboardInterrupt:
-                    if not draws.count:
+                except BaseException as error:
+                    draws.stop()
+                    if not isinstance(error, KeyboardInterrupt) or not draws.count:
                         raise
                     draws.interrupted = True
             draws.finish()
@@ -238,37 +275,37 @@ class MCMC(PyroMCMC):
             kernel.cleanup()
             kernel.num_chains = kernel.num_samples = None
 
-    def _draw(self, draws: _Draws, bar: Any, label: str) -> None:
-        kernel, hook, shown = self.kernel, self._hook, 0.0
+    def _draw(self, draws: Draws, bar: Any, label: str) -> None:
+        kernel, hook, shown, says_warmup = self.kernel, self._hook, 0.0, True
         clock = Clock(self._facts, kernel)
-        for i in range(self.warmup_steps + self.num_samples):
-            if i == self.warmup_steps:
+        for i in range(draws.done, self.warmup_steps + self.num_samples):
+            warm = i < self.warmup_steps
+            # A chain that runs alone repeats its last finite state to the end, as it does beside others.
+            if kernel.any_stopped and kernel.all_stopped and draws.chains == self.num_chains:
+                if i <= self.warmup_steps:
+                    raise RuntimeError(STOPPED_IN_WARMUP)
+                break
+            if not warm and says_warmup:
+                says_warmup = False
                 bar.set_description("Sample" + label, refresh=False)
                 if kernel.warmup_report and not self._disable_progbar:
                     bar.write(f"Warm-up chose {kernel.warmup_report}.")
+            draws.moving = True
             kernel.advance()
-            clock.tick(i < self.warmup_steps)
-            if i >= self.warmup_steps:
+            clock.tick(warm)
+            if not warm:
                 draws.add(kernel.position)
+            draws.done, draws.moving = i + 1, False
             if hook is not None:
-                warm = i < self.warmup_steps
-                hook(
-                    kernel,
-                    kernel.initial_params,
-                    "Warmup" if warm else "Sample",
-                    i - (0 if warm else self.warmup_steps),
-                )
+                stage = "Warmup" if warm else "Sample"
+                hook(kernel, kernel.initial_params, stage, i - (0 if warm else self.warmup_steps))
+            draws.pause()
             if not self._disable_progbar:
                 now = time.monotonic()
                 if now - shown > 0.5:
                     bar.set_postfix(kernel.logging(), refresh=False)
                     shown = now
                 bar.update()
-            # A chain that runs alone repeats its last finite state to the end, as it does beside others.
-            if kernel.any_stopped and kernel.all_stopped and len(draws.values) == self.num_chains:
-                if i < self.warmup_steps:
-                    raise RuntimeError(STOPPED_IN_WARMUP)
-                break
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
         """The draws per site, as Pyro returns them.
@@ -276,7 +313,7 @@ class MCMC(PyroMCMC):
         :raises RuntimeError: before ``run``.
         """
         self._check_run()
-        return super().get_samples(num_samples, group_by_chain)
+        return dict(super().get_samples(num_samples, group_by_chain))
 
     @property
     def sample_stats(self) -> dict[str, Tensor]:
@@ -309,7 +346,7 @@ class MCMC(PyroMCMC):
         if small:
             print_summary(small, prob=prob)
         for name in sorted(set(self._samples) - set(small)):
-            print(f"{name}: {self._samples[name][0, 0].numel()} numbers, not listed")
+            print(f"{name}: {self._site_sizes()[name]} numbers, not listed")
         if self._sample_stats:
             print(self.temperature_report())
             print(f"Verdict: {self.temperature_verdict()}")
@@ -326,7 +363,7 @@ class MCMC(PyroMCMC):
         """
         if not self.sample_stats:
             raise RuntimeError("there are no statistics to measure a temperature by: the kernel is not one of bnn's.")
-        return describe_temperatures({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim)
+        return describe_temperatures(Arrays(self._sample_stats), dim=self._dim)
 
     def temperature_verdict(self) -> str:
         """In words: whether the chains sampled at the temperature asked for, and the likeliest cause if not.
@@ -336,64 +373,20 @@ class MCMC(PyroMCMC):
         if not self.sample_stats:
             raise RuntimeError("there are no statistics to measure a temperature by: the kernel is not one of bnn's.")
         sizes = dict(zip(self._facts["site_name"], self._facts["site_size"], strict=True))
-        found = verdict({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim, sites=sizes)
+        found = verdict(Arrays(self._sample_stats), dim=self._dim, sites=sizes)
         return f"{found} But {self.kernel.caveat}." if self.kernel.caveat else found
 
     def _small_sites(self) -> dict[str, Tensor]:
         """Draws of the sites whose effective sample sizes are worth their cost, none for fewer than four draws."""
         if self.num_samples < 4:
             return {}
-        return {n: v for n, v in self._samples.items() if v[0, 0].numel() <= LARGEST_DIAGNOSED_SITE}
+        return {n: self._samples[n] for n, size in self._site_sizes().items() if size <= LARGEST_DIAGNOSED_SITE}
+
+    def _site_sizes(self) -> dict[str, int]:
+        if isinstance(self._samples, StoredGroup):
+            return self._samples.sizes
+        return {name: value[0, 0].numel() for name, value in self._samples.items()}
 
     def _check_run(self) -> None:
         if self._samples is None:
             raise RuntimeError("there are no draws yet: call run(...) first.")
-
-
-class _Draws:
-    """Draws of a group of chains in one array that is allocated before the run."""
-
-    def __init__(
-        self, kernel: StochasticGradientKernel, chains: int, num_samples: int, save: Sequence[str] | None
-    ) -> None:
-        potential = kernel.potential
-        unknown = sorted(set(save or ()) - set(potential.sites))
-        if unknown:
-            raise ValueError(f"save_params names {unknown}; the model's latent sites are {list(potential.sites)}.")
-        sites = [potential.sites[name] for name in (save if save is not None else potential.sites)]
-        self.kernel, self.count, self.interrupted = kernel, 0, False
-        self.places: dict[str, tuple[slice, torch.Size]] = {}
-        offset = 0
-        for site in sites:
-            size = site.shape.numel()
-            self.places[site.name] = slice(offset, offset + size), site.shape
-            offset += size
-        self.pieces = None if save is None else [site.slice for site in sites]
-        self.values = torch.empty(chains, num_samples, offset, dtype=potential.dtype, device=potential.device)
-
-    def add(self, position: Tensor) -> None:
-        if self.pieces is not None:
-            position = torch.cat([position[:, piece] for piece in self.pieces], -1)
-        self.values[:, self.count] = position
-        self.count += 1
-
-    def finish(self) -> None:
-        self.diagnostics = self.kernel.chain_diagnostics()
-        for entry in self.diagnostics:  # an interrupt may fall between a step and its draw
-            entry["divergences"] = [draw for draw in entry["divergences"] if draw < self.count]
-        self.stats = self.kernel.sample_stats()
-
-
-class _ParallelSampler(_MultiSampler):
-    """Pyro's process-per-chain sampler, except that each chain keeps its own starting point.
-
-    Pyro hands one kernel object to all workers, so that the last chain's initial values overwrite the others'.
-    """
-
-    def init_workers(self, *args: Any, **kwargs: Any) -> None:
-        super().init_workers(*args, **kwargs)
-        for process, chain in zip(self.workers, range(self.num_chains), strict=True):
-            worker = process._target.__self__
-            worker.kernel = copy.deepcopy(self.kernel)
-            if self.initial_params is not None:
-                worker.kernel.initial_params = {name: value[chain] for name, value in self.initial_params.items()}

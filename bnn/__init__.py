@@ -27,5 +27,6 @@ from bnn.sampling_cost import efficiency as efficiency
 from bnn.scoring import classification_scores as classification_scores
 from bnn.scoring import gaussian_scores as gaussian_scores
 from bnn.scoring import regression_scores as regression_scores
+from bnn.store import Store as Store
 from bnn.temperature_scaling import calibrated_nll as calibrated_nll
 from bnn.temperature_scaling import fit_temperature as fit_temperature

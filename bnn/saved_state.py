@@ -105,11 +105,13 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 _DEVICE: list[torch.device | str] = ["cpu"]
 
 
-def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], was_on_cpu: bool) -> Tensor:
-    empty = torch.empty(shape, dtype=dtype)
-    if empty.numel():
-        empty.view(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    return empty if was_on_cpu else empty.to(_DEVICE[-1])
+def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], on_cpu: bool) -> Tensor:
+    values = torch.empty(shape, dtype=dtype)
+    if values.numel():
+        values.view(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if stride != values.stride():  # products of matrices differ in the last bit with the order of their numbers
+        values = torch.empty_strided(shape, stride, dtype=dtype).copy_(values)
+    return values if on_cpu else values.to(_DEVICE[-1])
 
 
 class _Pickler(pickle.Pickler):
@@ -125,7 +127,8 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         value = obj.detach().cpu().contiguous()
         data = value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        return _tensor, (data, obj.dtype, tuple(obj.shape), obj.device.type == "cpu")
+        stride = torch.empty_like(obj, device="meta").stride()  # its own if its numbers stand without gaps
+        return _tensor, (data, obj.dtype, tuple(obj.shape), stride, obj.device.type == "cpu")
 
 
 class _Unpickler(pickle.Unpickler):

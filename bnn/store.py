@@ -160,10 +160,11 @@ class DrawStore:
         self._checkpoint = self.path / "checkpoints" / f"writer-{writer}"
         self._root = zarr.open_group(str(self.path), mode="r+", use_consolidated=False)
         self._arrays: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
-        for group in GROUPS:
-            for name, array in self._root[group].arrays():
-                self._arrays[group][name] = array
-                self._make_room(name, array)
+        with zarr.config.set({"array.write_empty_chunks": True}):  # a missing chunk is a lost one
+            for group in GROUPS:
+                for name, array in self._root[group].arrays():
+                    self._arrays[group][name] = array
+                    self._make_room(name, array)
 
     def _create(self, zarr: Any, attributes: Mapping[str, Any]) -> None:
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")

@@ -62,7 +62,6 @@ class StoredRun:
                 f"{options.folder} exists: give resume=True to go on with it, or another path. Nothing is overwritten."
             )
         self.kept = math.ceil(mcmc.num_samples / options.thinning)  # draws of each chain
-        self.finished: list[list[dict[str, Any]]] = []  # diagnostics of groups of chains
         self._start: dict[str, Any] = {}
         self._saved: dict[str, Any] | None = None
         self._group = 0
@@ -83,6 +82,7 @@ class StoredRun:
             set_random_state(saved["start"])
             self.mcmc.kernel._decided = dict(saved["decided"])
             self.mcmc._facts.update(saved["facts"])
+            self.mcmc._diagnostics = saved["diagnostics"]
         self._start = random_state()
         return True
 
@@ -166,7 +166,6 @@ class StoredRun:
                 )
             self._check_size(saved)
             store.forget(chains, count)
-            self.finished = saved["finished"]
             return saved
         if contents:
             raise RuntimeError(
@@ -238,7 +237,7 @@ class StoredRun:
             "start": self._start,
             "decided": dict(mcmc.kernel.potential.decided),
             "facts": dict(mcmc._facts),
-            "finished": self.finished,
+            "diagnostics": mcmc._diagnostics,
             "done": draws.done,
             "count": draws.count,
             "num_samples": mcmc.num_samples,

@@ -196,10 +196,11 @@ class MCMC(PyroMCMC):
     ) -> None:
         finished: list[Draws] = []
         asked = count = self.num_samples if stored is None else stored.kept
+        self._diagnostics = []
         self._facts = {"setup_time": 0.0, "warmup_time": 0.0, "sampling_time": 0.0, "gradient_evaluations": 0}
         for number, group in enumerate(groups):
             if stored is not None and not stored.before_setup(number, group):
-                continue
+                continue  # these chains are whole
             try:
                 draws = self._run_group(group, args, kwargs, stored)
             except KeyboardInterrupt:
@@ -209,11 +210,9 @@ class MCMC(PyroMCMC):
             if draws.interrupted and draws.count < count and finished:
                 break  # interrupted: the finished chains are whole
             finished.append(draws)
+            self._diagnostics += draws.diagnostics
             if draws.interrupted:
                 break
-        self._diagnostics = [entry for draws in finished for entry in draws.diagnostics]
-        if stored is not None:
-            self._diagnostics = [*stored.finished, *self._diagnostics]
         self.num_samples = count = min(draws.count for draws in finished)
         if all(len(entry["divergences"]) == count for entry in self._diagnostics):
             raise RuntimeError(STOPPED_IN_WARMUP)

@@ -26,6 +26,7 @@ import numpy as np
 
 from bnn.extras import library
 from bnn.saved_state import write_whole
+from bnn.store_writer import StoreError
 
 try:
     import fcntl
@@ -168,20 +169,22 @@ class DrawStore:
 
     def _create(self, zarr: Any, attributes: Mapping[str, Any]) -> None:
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        shutil.rmtree(draft, ignore_errors=True)
-        (draft / "checkpoints").mkdir(parents=True)
-        root = zarr.open_group(str(draft), mode="a", zarr_format=3, attributes=dict(attributes))
-        for group in GROUPS:
-            root.create_group(group)
-        with contextlib.suppress(OSError):
-            self.path.rmdir()  # an empty folder
         try:
-            draft.rename(self.path)
-        except OSError:
             shutil.rmtree(draft, ignore_errors=True)
-            raise RuntimeError(
-                f"another run made {self.path} just now: wait for its end, or give another path."
-            ) from None
+            (draft / "checkpoints").mkdir(parents=True)
+            root = zarr.open_group(str(draft), mode="a", zarr_format=3, attributes=dict(attributes))
+            for group in GROUPS:
+                root.create_group(group)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # an empty folder
+            draft.rename(self.path)
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            if (self.path / "zarr.json").exists():
+                raise RuntimeError(
+                    f"another run made {self.path} just now: wait for its end, or give another path."
+                ) from None
+            raise StoreError(f"no store can be made at {self.path} ({error}): give another path.") from error
 
     def _locked(self, writer: int) -> Any:
         """A lock that ends with this process, however it ends."""
@@ -211,7 +214,8 @@ class DrawStore:
             array = self._arrays[group].get(name)
             if array is None:
                 array = self._arrays[group][name] = self._new(group, name, value)
-            narrow = value.astype(array.dtype, copy=False) if array.dtype != value.dtype else value
+            with np.errstate(over="ignore"):  # said below
+                narrow = value.astype(array.dtype, copy=False)
             if group == "posterior" and self.options.dtype == "bfloat16":
                 narrow = _as_bfloat16(narrow)
             if narrow is not value and not np.array_equal(np.isfinite(narrow), np.isfinite(value)):
@@ -342,6 +346,10 @@ class DrawStore:
                 shutil.copyfile(self._checkpoint, spare)
             os.replace(spare, self._checkpoint.with_suffix(".before"))
         write_whole(self._checkpoint, content)
+
+    def go_back(self) -> None:
+        """Forget the last checkpoint: the one before it takes its place."""
+        os.replace(self._checkpoint.with_suffix(".before"), self._checkpoint)
 
     def checkpoints(self) -> list[bytes]:
         """The contents of the last checkpoint and of the one before it, as far as they exist."""

@@ -146,6 +146,10 @@ class StoredSite:
         """Whether the numbers are floating."""
         return self.dtype.is_floating_point
 
+    def cpu(self) -> Tensor:
+        """All draws."""
+        return self[:]
+
     def repeat_interleave(self, times: int, dim: int) -> Any:
         """As of a tensor; reads all draws."""
         return self if times == 1 else self[:].repeat_interleave(times, dim)
@@ -179,6 +183,21 @@ def open_groups(path: str | os.PathLike[str]) -> dict[str, Any]:
     if "energy" in groups["sample_stats"]:
         groups["sample_stats"] = groups["sample_stats"].assign(lp=-groups["sample_stats"]["energy"])
     return groups
+
+
+def as_arviz(path: str | os.PathLike[str], thin: int = 1) -> Any:
+    """The :func:`open_groups` as the installed ArviZ holds them.
+
+    :param thin: every so many draws one is shown.
+    """
+    import arviz
+
+    groups = {name: group.isel(draw=slice(None, None, thin)) for name, group in open_groups(path).items()}
+    if thin > 1:
+        groups["posterior"].attrs["thin"] = thin * groups["posterior"].attrs.get("thin", 1)
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return library("xarray", "store").DataTree.from_dict({f"/{name}": group for name, group in groups.items()})
+    return arviz.InferenceData(**groups)
 
 
 def _with_nan(fact: Any) -> Any:

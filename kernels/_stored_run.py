@@ -165,6 +165,8 @@ class StoredRun:
                     stacklevel=5,
                 )
             self._check_size(saved)
+            if number:
+                store.go_back()
             store.forget(chains, count)
             return saved
         if contents:

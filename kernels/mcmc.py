@@ -277,6 +277,8 @@ class MCMC(PyroMCMC):
     def _draw(self, draws: Draws, bar: Any, label: str) -> None:
         kernel, hook, shown, says_warmup = self.kernel, self._hook, 0.0, True
         clock = Clock(self._facts, kernel)
+        if draws.done and not self._disable_progbar:
+            bar.write(f"Goes on after {draws.done} draws, warm-up included.")
         for i in range(draws.done, self.warmup_steps + self.num_samples):
             warm = i < self.warmup_steps
             # A chain that runs alone repeats its last finite state to the end, as it does beside others.

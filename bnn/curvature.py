@@ -63,6 +63,18 @@ class Capture:
         uses = [use for site in sites for use, _ in self.uses.get(site, ())]
         return {source for use in uses for source in use.sources} | {use.node for use in uses}
 
+    def by_entry(self, sites: Sequence[str]) -> bool:
+        """Whether all of them are captured, a datum being one entry of all plates together."""
+        return all(self._labelling.get(site) == 0 for site in sites)
+
+    def of_data(self, site: str, entries: Mapping[str, Tensor]) -> Tensor:
+        """A number of each datum of ``site``, from one of each entry of the observed sites' log densities."""
+        labels = labellings(self.graph)[self._labelling[site]]
+        result = next(iter(entries.values())).new_zeros(labels.count)
+        for observed, values in entries.items():
+            result[labels.of[observed].to(values.device)] = values
+        return result
+
     def disagreement(
         self,
         values: Mapping[str, Tensor],
@@ -74,7 +86,7 @@ class Capture:
         trial = _Trial(self.graph, values, inputs, parameters, self.nodes(sites), self.sources(sites))
         result = {}
         for site in sites:
-            labels = _labellings(self.graph)[self._labelling[site]]
+            labels = labellings(self.graph)[self._labelling[site]]
             weights = trial.random_weights(labels)
             expected = trial.gradient_of_value(site, labels, weights)
             grads = trial.output_gradients(labels, torch.ones_like(weights))
@@ -112,8 +124,7 @@ class Capture:
         nodes = list({use.node: None for site in sites for use in by_site[site]})
         sources = {source for site in sites for use in by_site[site] for source in use.sources}
         trial = _Trial(self.graph, values, inputs, parameters, nodes, sources | set(nodes))
-        labellings = _labellings(self.graph)
-        for number, labels in enumerate(labellings):
+        for number, labels in enumerate(labellings(self.graph)):
             weights = trial.random_weights(labels)
             plain = trial.output_gradients(labels, torch.ones_like(weights))
             weighted = trial.output_gradients(labels, weights)
@@ -148,7 +159,7 @@ class Capture:
 
 
 @dataclass
-class _Labels:
+class Labels:
     """Observed site -> number of the datum of each entry of its log density."""
 
     of: dict[str, Tensor]
@@ -156,7 +167,7 @@ class _Labels:
     count: int
 
 
-def _labellings(graph: ModelGraph) -> list[_Labels]:
+def labellings(graph: ModelGraph) -> list[Labels]:
     """Ways to say what a datum is, finest first: an entry of all plates together, then a row of one plate."""
     plates = sorted({name for site in graph.observed.values() for name in site.plates})
     shared = [name for name in plates if any(len(site.plates) > 1 for site in graph.observed.values())]
@@ -180,7 +191,7 @@ def _labellings(graph: ModelGraph) -> list[_Labels]:
                 along = torch.arange(site.shape[dim]).reshape(-1, *(1,) * (-dim - 1))
                 label = label + along * step
             of[name] = label
-        result.append(_Labels(of, list(blocks.values()), start))
+        result.append(Labels(of, list(blocks.values()), start))
     return result
 
 
@@ -216,21 +227,21 @@ class _Trial:
                 result[site] = result.get(site, 0.0) + factor * value
         return result
 
-    def random_weights(self, labels: _Labels) -> Tensor:
+    def random_weights(self, labels: Labels) -> Tensor:
         like = next(iter(self.probe.values()))
         noise = torch.rand(labels.count, generator=self.generator, dtype=torch.float64)
         return (0.5 + 1.5 * noise).to(like.dtype).to(like.device)
 
-    def _weighted(self, labels: _Labels, weights: Tensor) -> Tensor:
+    def _weighted(self, labels: Labels, weights: Tensor) -> Tensor:
         return torch.as_tensor(sum((weights[labels.of[site]] * value).sum() for site, value in self.probe.items()))
 
-    def output_gradients(self, labels: _Labels, weights: Tensor) -> dict[Node, Tensor]:
+    def output_gradients(self, labels: Labels, weights: Tensor) -> dict[Node, Tensor]:
         return dict(zip(self.nodes, self._gradients([self.env[n] for n in self.nodes], labels, weights), strict=True))
 
-    def gradient_of_value(self, site: str, labels: _Labels, weights: Tensor) -> Tensor:
+    def gradient_of_value(self, site: str, labels: Labels, weights: Tensor) -> Tensor:
         return self._gradients([self.values[site]], labels, weights)[0]
 
-    def _gradients(self, at: Sequence[Tensor], labels: _Labels, weights: Tensor) -> Sequence[Tensor]:
+    def _gradients(self, at: Sequence[Tensor], labels: Labels, weights: Tensor) -> Sequence[Tensor]:
         with torch.enable_grad():
             total = self._weighted(labels, weights)
             if not total.requires_grad:  # such as a location that depends on no site
@@ -243,7 +254,7 @@ def _block_of(
     plain: Mapping[Node, Tensor],
     weighted: Mapping[Node, Tensor],
     weights: Tensor,
-    labels: _Labels,
+    labels: Labels,
     env: Mapping[Node, Any],
 ) -> Block | None:
     """The layout of data in the rows of a use that explains how random weights of the data changed its gradients."""

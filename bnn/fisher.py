@@ -7,7 +7,7 @@ where J is the derivative of the likelihood's parameters and F their Fisher info
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ def probes_of(fn: Any, value: Tensor, curvature: str, label_samples: int = 1) ->
       Normal, for Bernoulli, Categorical and Poisson.
     * ``"empirical"``: the observed labels, as in the noisy Adam of Zhang et al. (2018). Biased, even for linear
       regression.
+    * ``"outputs"``: no curvature, but what the net gives: locations, the logit of a Bernoulli law, log probabilities of
+      classes. Their gradients are the Jacobian of a linearised predictive.
 
     :param fn: the likelihood.
     :param value: the observed labels.
@@ -51,7 +53,9 @@ def probes_of(fn: Any, value: Tensor, curvature: str, label_samples: int = 1) ->
     if curvature == "empirical":
         return Probes([fn.log_prob(value)], shared=True)
     if curvature == "ggn":
-        return _gauss_newton(fn)
+        return _one_per_output(fn, _EXACT, "curvature='ggn' knows {known}, not {given}; use curvature='sampled'")
+    if curvature == "outputs":
+        return _one_per_output(fn, _OUTPUTS, "the outputs of {known} are known, not those of {given}")
     probes = []
     for _ in range(label_samples):
         try:
@@ -88,14 +92,14 @@ def whole_batch_probes(fn: Any, value: Tensor, curvature: str, probes: Probes) -
     return [sign * probe for sign, probe in zip(signs, probes.values, strict=True)]
 
 
-def _gauss_newton(fn: Any) -> Probes | str:
+def _one_per_output(fn: Any, known: Mapping[type, Callable[[Any], list[Tensor]]], otherwise: str) -> Probes | str:
     base = base_of(fn)
-    for family, probes in _EXACT.items():
+    for family, probes in known.items():
         if isinstance(base, family):
             values = [probe for whole in probes(base) for probe in _per_datum(_masked(whole, fn, base), fn)]
             return Probes(values, shared=False)
-    known = ", ".join(sorted(family.__name__ for family in _EXACT))
-    return f"curvature='ggn' knows {known}, not {type(base).__name__}; use curvature='sampled'"
+    names = ", ".join(sorted(family.__name__ for family in known))
+    return otherwise.format(known=names, given=type(base).__name__)
 
 
 def _per_datum(whole: Tensor, fn: Any) -> list[Tensor]:
@@ -151,4 +155,13 @@ _EXACT: dict[type, Callable[[Any], list[Tensor]]] = {
     dist.Categorical: _categorical,
     dist.OneHotCategorical: _categorical,
     dist.Poisson: _poisson,
+}
+
+_OUTPUTS: dict[type, Callable[[Any], list[Tensor]]] = {
+    dist.Normal: lambda base: [base.loc],
+    dist.StudentT: lambda base: [base.loc],
+    dist.MultivariateNormal: lambda base: list(base.loc.unbind(-1)),
+    dist.Bernoulli: lambda base: [base.logits],
+    dist.Categorical: lambda base: list(base.logits.unbind(-1)),
+    dist.OneHotCategorical: lambda base: list(base.logits.unbind(-1)),
 }

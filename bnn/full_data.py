@@ -24,31 +24,38 @@ if TYPE_CHECKING:
 
 
 def over_all_data(
-    potential: Potential, position: Tensor, traced: Callable[..., tuple[Tensor, ...]], calls: int = 0
+    potential: Potential,
+    position: Tensor,
+    traced: Callable[..., tuple[Tensor, ...]],
+    calls: int = 0,
+    *,
+    along: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Sums over all chunks of what ``traced`` gives for each, every one leading with the chains.
 
-    :param traced: :func:`traced_chunk` or :func:`traced_chunk_and_grad`.
+    :param traced: :func:`traced_chunk`, :func:`traced_chunk_and_grad` or, with ``along``,
+        :func:`traced_chunk_hessian_product`.
     :param calls: how often this will be asked for, as far as is known: decides whether compiling pays.
+    :param along: directions ``(chains, dim)``.
     :raises NotImplementedError: with ``batches=`` if the model has not one subsampled plate, so that one batch's
         share of the data is not known.
     :raises ValueError: if a pass through ``batches`` has another number of rows than the plate.
     """
     checks.position(position, potential.dim)
     checks.batches_have_one_plate(potential.plates, potential.batches)
-    position = position.detach().to(potential.dtype).contiguous()
+    leading = [t.detach().to(potential.dtype).contiguous() for t in (position, along) if t is not None]
     totals: tuple[Tensor, ...] = ()
     if potential.batches is None:
         given: Iterable[list[Tensor]] = potential.chunks
     else:
         given = chunks_of_batches(potential.plates.values(), potential.batches, potential.dtype, potential.device)
     for inputs in given:
-        tensors = [position, *inputs]
+        tensors = [*leading, *inputs]
         program = potential.kept_program(
             (traced.__name__, *(tuple(t.shape) for t in tensors)),
             partial(traced, potential),
             tensors,
-            [True, *[False] * len(inputs)],
+            [*[True] * len(leading), *[False] * len(inputs)],
             calls * minibatches_in_all(potential.plates.values()),
         )
         parts = program(*tensors)
@@ -147,6 +154,31 @@ def traced_chunk_and_grad(potential: Potential, position: Tensor, *inputs: Tenso
         return energy.unsqueeze(0), grad.unsqueeze(0)
     grad, energy = torch.func.vmap(differentiate, randomness="different")(position)
     return energy, grad
+
+
+def traced_chunk_hessian_product(
+    potential: Potential, position: Tensor, along: Tensor, *inputs: Tensor
+) -> tuple[Tensor, ...]:
+    """One chunk's share of the Hessian times a direction, ``(chains, dim)``, written for recording."""
+    one = _share(potential, inputs)
+    if not potential.is_recorded:
+        return (torch.stack([_eager_product(one, z, v) for z, v in zip(position, along, strict=True)]),)
+
+    def product(z: Tensor, v: Tensor) -> Tensor:
+        return torch.func.grad(lambda z: (torch.func.grad(one)(z) * v).sum())(z)
+
+    if len(position) == 1:
+        with quiet_handlers():
+            return (product(position[0], along[0]).unsqueeze(0),)
+    return (torch.func.vmap(product, randomness="different")(position, along),)
+
+
+def _eager_product(energy_of: Callable[[Tensor], Tensor], z: Tensor, v: Tensor) -> Tensor:
+    with torch.enable_grad(), quiet_handlers():
+        z = z.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(energy_of(z), z, create_graph=True)
+        (product,) = torch.autograd.grad(grad, z, v, materialize_grads=True)
+    return product.detach()
 
 
 def _eager_energy_and_grad(energy_of: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:

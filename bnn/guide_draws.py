@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
+
+
+def model_of(guide: Any) -> Callable[..., Any]:
+    """The guide's model.
+
+    Some of Pyro's guides keep it under the handler that gives sites their start. This would also give a start to what
+    is predicted, in place of a draw: it is taken off.
+    """
+    handled = getattr(guide.model, "func", None)  # a partial of (handler, model)
+    arguments = getattr(handled, "args", ())
+    model: Callable[..., Any] = guide.model
+    return arguments[1] if len(arguments) > 1 and isinstance(arguments[0], InitMessenger) else model
 
 
 class GuideRun:
@@ -23,11 +36,11 @@ class GuideRun:
     def __init__(self, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_samples: int) -> None:
         if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"num_samples is {num_samples!r}; give the number of draws from the guide, at least 1.")
-        self.kernel = SimpleNamespace(model=guide.model, guide=guide)
+        self.kernel = SimpleNamespace(model=model_of(guide), guide=guide)
         self._args, self._kwargs = args, dict(kwargs)
         with torch.no_grad():
             if hasattr(guide, "draws"):
-                if not guide.blocks:
+                if not guide.is_set_up:
                     poutine.block(guide)(*args, **kwargs)
                 self._draws: dict[str, Tensor] = guide.draws(num_samples)
             else:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # How often a start is drawn, per chain, until its energy and gradient are finite.
 TRIES = 100
 
+# Draws whose median a bounded number starts at.
+MEDIAN_OF = 15
+
 Strategy = Callable[[Any], Tensor]
 
 
@@ -40,10 +43,16 @@ def init_to_fan_in(site: Any) -> Tensor:
 
     An array of at least two dimensions on real support, of shape ``(n_0, n_1, ...)``, is shrunk about its prior mean
     to a standard deviation of at most ``1 / sqrt(max(n_0, n_1 · n_2 · ...))``: a deep net under a standard normal
-    prior starts with outputs of order one, instead of saturated. Chains still start apart from one another.
+    prior starts with outputs of order one, instead of saturated. Numbers on part of the real line, such as a noise's
+    scale, start at the median of 15 draws: a single one may be so near the end of the support, a scale of 0.005, that
+    a chain needs steps a hundred times shorter than the others to come away from it. Chains still start apart from
+    one another.
     """
-    value = init_to_prior(site)
     fn = site["fn"]
+    if _is_bounded(fn) and type(fn).__name__ != "ImproperUniform":
+        with torch.no_grad():
+            return torch.as_tensor(fn.sample((MEDIAN_OF,)).median(0).values)
+    value = init_to_prior(site)
     if value.dim() < 2 or not _is_real(fn):
         return value
     try:
@@ -57,11 +66,20 @@ def init_to_fan_in(site: Any) -> Tensor:
     return mean + (value - mean) * shrink
 
 
-def _is_real(fn: Any) -> bool:
+def _base_transform(fn: Any) -> Any:
     transform = biject_to(fn.support)
     while hasattr(transform, "base_transform"):
         transform = transform.base_transform
-    return transform is torch.distributions.transforms.identity_transform
+    return transform
+
+
+def _is_real(fn: Any) -> bool:
+    return _base_transform(fn) is torch.distributions.transforms.identity_transform
+
+
+def _is_bounded(fn: Any) -> bool:
+    """Whether the support is, number by number, a part of the real line."""
+    return _base_transform(fn).domain.event_dim == 0 and not _is_real(fn)
 
 
 _BY_NAME: dict[str, Strategy] = {

@@ -286,13 +286,40 @@ def squares_per_datum(
                 return squares.reshape(-1)
             total = total.index_add(0, index.reshape(-1).to(total.device), squares.reshape(-1))
         return total
-    gradients: dict[tuple[int, int], Tensor] = {}
+    return torch.as_tensor(sum(gradient.square().sum(0) for gradient in _formed(parts, numel).values()))
+
+
+def gradients_per_datum(
+    uses: Sequence[tuple[Use, Block]],
+    site: str,
+    numel: int,
+    env: Mapping[Node, Any],
+    grads: Mapping[Node, Tensor],
+    rows: slice = slice(None),
+) -> dict[int, Tensor]:
+    """∂ℓ_n/∂w for every datum n: number of the first datum of a kind -> (data, entries of the site).
+
+    :param uses: all uses of the site.
+    :param site: its name.
+    :param numel: its number of entries.
+    :param env: values of the graph's nodes.
+    :param grads: gradients at the outputs of the uses.
+    :param rows: which data of each kind.
+    """
+    parts = []
+    for use, block in uses:
+        for index, g, a, _ in _parts_of(use, block, site, env, grads):
+            parts.append((index, g[rows], a if a is None else a[rows], block))
+    return _formed(parts, numel)
+
+
+def _formed(parts: Sequence[tuple[Tensor, Tensor, Tensor | None, Block]], numel: int) -> dict[int, Tensor]:
+    gradients: dict[int, Tensor] = {}
     for index, rows, inputs, block in parts:
         one = rows.sum(1) if inputs is None else (rows.mT @ inputs).reshape(len(rows), -1)
-        key = (block.start, block.count)
-        present = gradients.get(key, one.new_zeros(block.count, numel))
-        gradients[key] = present.index_add(1, index.reshape(-1).to(one.device), one)
-    return torch.as_tensor(sum(gradient.square().sum(0) for gradient in gradients.values()))
+        present = gradients.get(block.start, one.new_zeros(len(one), numel))
+        gradients[block.start] = present.index_add(1, index.reshape(-1).to(one.device), one)
+    return gradients
 
 
 def _parts_of(

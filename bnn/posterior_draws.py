@@ -95,8 +95,8 @@ def draws_of(
             grouped, model or own, num_samples, args=run_args or (), kwargs=dict(run_kwargs or {}), has_data=known
         )
     if callable(posterior) and hasattr(posterior, "model"):
-        run = GuideRun(posterior, args, kwargs or {}, num_samples or GUIDE_DRAWS)
-        return _of(run.get_samples(group_by_chain=True), model or posterior.model, None)
+        run = GuideRun(posterior, args, kwargs or {}, num_samples or getattr(posterior, "default_draws", GUIDE_DRAWS))
+        return _of(run.get_samples(group_by_chain=True), model or run.kernel.model, None)
     if _is_arviz(posterior):
         return _of(_from_arviz(posterior), model, num_samples)
     if isinstance(posterior, Mapping):

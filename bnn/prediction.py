@@ -170,12 +170,12 @@ def _fields(target: Target, values: Mapping[str, Tensor], levels: tuple[float, .
     """The fields of a :class:`Prediction` for one chunk of rows, from values that lead with the draws."""
     fields: dict[str, Tensor] = {}
     if "log_probability" in values:
-        fields = _of_classes(values["log_probability"], average)
+        fields = of_classes(values["log_probability"], average)
         if type(base_of(target.fn)).__name__ == "Bernoulli":
             one = fields["draws"][..., 1]
-            fields |= _of_moments(one, one * (1 - one)) | {"draws": fields["draws"]}
+            fields |= of_moments(one, one * (1 - one)) | {"draws": fields["draws"]}
     elif "mean" in values:
-        fields = _of_moments(values["mean"], values["variance"])
+        fields = of_moments(values["mean"], values["variance"])
     else:
         sample = _floating(values["sample"])
         fields = {"mean": sample.mean(0), "sd": sample.std(0, correction=0)}
@@ -187,7 +187,8 @@ def _fields(target: Target, values: Mapping[str, Tensor], levels: tuple[float, .
     return fields
 
 
-def _of_moments(mean: Tensor, variance: Tensor) -> dict[str, Tensor]:
+def of_moments(mean: Tensor, variance: Tensor) -> dict[str, Tensor]:
+    """Fields of a :class:`Prediction` from the draws' means and variances, which lead with the draws."""
     epistemic, aleatoric = mean.var(0, correction=0), variance.mean(0)
     return {
         "mean": mean.mean(0),
@@ -198,7 +199,8 @@ def _of_moments(mean: Tensor, variance: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _of_classes(log_probability: Tensor, average: str) -> dict[str, Tensor]:
+def of_classes(log_probability: Tensor, average: str) -> dict[str, Tensor]:
+    """Fields of a :class:`Prediction` from the draws' log probabilities, which lead with the draws."""
     probability = log_probability.exp()
     if average == "logits":
         averaged = log_probability.mean(0).softmax(-1)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn.module import PyroModule, PyroParam, pyro_method
 from torch import Tensor
 from torch.distributions import biject_to
 
 from bnn.curvature import Capture
+from bnn.guides._auto import KeptGuide
 from bnn.guides._blocks import Block, LatentSite
-from bnn.initialization import strategy_of
 from bnn.model_graph import ModelGraph
 from bnn.structure import base_of
 
@@ -30,7 +27,7 @@ LARGEST_SIDE = 8192
 Family = Callable[[str, torch.Size], str | None]
 
 
-class NaturalGuide(AutoGuide):
+class NaturalGuide(KeptGuide):
     """Gaussians over the latent sites of a model, block by block. See its subclasses."""
 
     def __init__(
@@ -42,12 +39,10 @@ class NaturalGuide(AutoGuide):
         init_scale: float = 0.1,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        if not callable(model):
-            raise ValueError(f"model is {type(model).__name__}; give a Pyro model: a function or PyroModule to call.")
+        super().__init__(model, init_loc_fn=init_loc_fn, create_plates=create_plates)
         if not init_scale > 0:
             raise ValueError(f"init_scale is {init_scale}; give a positive number, such as 0.1.")
-        super().__init__(model, create_plates=create_plates)
-        self._family, self._init, self._init_scale = family, strategy_of(init_loc_fn), init_scale
+        self._family, self._init_scale = family, init_scale
         self._sites: dict[str, LatentSite] = {}
         self._blocks: list[Block] = []
         self._constraints: list[dict[str, Any]] = []
@@ -69,16 +64,17 @@ class NaturalGuide(AutoGuide):
         """The blocks of latent sites that share a Gaussian; empty before the guide was first called."""
         return list(self._blocks)
 
+    @property
+    def is_set_up(self) -> bool:
+        """Whether the guide was called on data."""
+        return bool(self._blocks)
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        model, self._model = self._model, (InitMessenger(self._init)(self.model),)
-        try:
-            super()._setup_prototype(*args, **kwargs)
-        finally:
-            self._model = model
+        super()._setup_prototype(*args, **kwargs)
         values = {}
         prototype: Any = self.prototype_trace
         for name, node in prototype.iter_stochastic_nodes():
-            site = _latent_site(name, node)
+            site = latent_site(name, node)
             self._sites[name] = site
             values[name] = biject_to(site.support).inv(node["value"].detach()).detach()
         if not values:
@@ -127,7 +123,12 @@ class NaturalGuide(AutoGuide):
         transposed: set[str] = set()
         if any(family != "factorized" for family in families.values()):
             apart = {name for name in families if self._asked(name) == "factorized"}
-            partners, transposed = _biases(self.model, args, kwargs, self._sites, families, apart)
+            with torch.enable_grad():  # the guide's first call may be for a prediction
+                graph = ModelGraph(self.model, args, kwargs, curvature="sampled")
+                if graph.graph is not None:
+                    rows = [torch.arange(plate.batch_size) for plate in graph.plates]
+                    capture = Capture(graph, [*rows, *graph.data], graph.parameters)
+                    partners, transposed = biases_of(capture, self._sites, families, apart)
         joined = set(partners.values())
         blocks: list[Block] = []
         rest = []
@@ -223,22 +224,8 @@ class NaturalGuide(AutoGuide):
                 results[name] = biject_to(self._sites[name].support)(dist.Normal(loc, sd).icdf(levels))
         return {name: results[name] for name in self._sites}
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Pyro's own version forgets the model, in the original too. The prototype holds the data: not kept. What Pyro
-        # and the ELBO noted on the parameters, such as weak references, cannot be pickled and is noted anew when used.
-        for leaf in self.parameters():
-            leaf.__dict__.clear()
-        return {**self.__dict__, "master": None, "prototype_trace": None}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NaturalGuide:
-        memo[id(self.model)] = self.model
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return new
-
-
-def _latent_site(name: str, node: Any) -> LatentSite:
+def latent_site(name: str, node: Any) -> LatentSite:
     fn = node["fn"]
     if fn.support.is_discrete:
         raise NotImplementedError(
@@ -257,21 +244,16 @@ def _latent_site(name: str, node: Any) -> LatentSite:
     return LatentSite(name, fn.support, value.shape, fn.event_dim, frames, scale)
 
 
-def _biases(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    sites: Mapping[str, LatentSite],
-    families: Mapping[str, str],
-    apart: set[str],
+def biases_of(
+    capture: Capture, sites: Mapping[str, LatentSite], families: Mapping[str, str], apart: set[str]
 ) -> tuple[dict[str, str], set[str]]:
-    """Weight -> the bias added to its products wherever it is used; and the weights whose rows are inputs."""
-    with torch.enable_grad():  # the guide's first call may be for a prediction
-        graph = ModelGraph(model, args, kwargs, curvature="sampled")
-        if graph.graph is None:
-            return {}, set()
-        rows = [torch.arange(plate.batch_size) for plate in graph.plates]
-        capture = Capture(graph, [*rows, *graph.data], graph.parameters)
+    """Weight -> the bias added to its products wherever it is used; and the weights whose rows are inputs.
+
+    :param capture: of a recording of the model.
+    :param sites: the latent sites.
+    :param families: their families.
+    :param apart: biases that stay on their own.
+    """
     partners, transposed = {}, set()
     for name, uses in capture.uses.items():
         shape = sites[name].shape

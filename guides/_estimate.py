@@ -14,8 +14,9 @@ from bnn.curvature import Capture
 from bnn.guides._base import NaturalGuide
 from bnn.guides._blocks import Block, Curvature, Params
 from bnn.guides._perturbed import Layer, Perturbation, layers_of
+from bnn.guides._site_roles import roles_of
 from bnn.guides._thin import Thin, is_thin, thin_direction
-from bnn.model_graph import Key, ModelGraph, Terms, reaching
+from bnn.model_graph import Key, ModelGraph, Terms
 
 
 @dataclass(frozen=True)
@@ -81,27 +82,10 @@ class Estimator:
     # ---- which site is treated how
 
     def _inspect(self, inputs: Sequence[Tensor]) -> None:
-        assert self.graph.graph is not None
-        nodes = list(self.graph.graph.graph.nodes)
-        output = next(node for node in nodes if node.op == "output")
-        ends = dict(zip(self.graph.keys, output.args[0], strict=True))
-        placeholders = [node for node in nodes if node.op == "placeholder"]
-        starts = dict(zip(self.graph.structure.sites, placeholders, strict=False))
-        factors = [n for (kind, name, _), n in ends.items() if kind == "likelihood" and name not in self.graph.observed]
-        behind_factors, of_prior = reaching(factors), {n: reaching([ends["prior", n, 0]]) for n in starts}
-        for name, node in starts.items():
-            if self.settings.curvature == "reparametrization" or node in behind_factors:
-                self.reparametrized.add(name)
-            if ("precision", name, 0) in ends and not any(node in of_prior[n] for n in starts if n != name):
-                self.known_precision.add(name)
-        sites = self.graph.structure.sites
-        for name in self.known_precision:
-            # Two runs saw the same numbers; they are fixed if no other latent, datum or parameter enters them.
-            law = reaching([ends["prior", name, 0], ends["precision", name, 0]])
-            normal, alone = sites[name].normal, law.isdisjoint({*placeholders} - {starts[name]})
-            if normal is not None and sites[name].transform is None and alone:
-                self.fixed[name] = normal
-        if self.settings.curvature == "reparametrization":
+        roles, everything = roles_of(self.graph), self.settings.curvature == "reparametrization"
+        self.reparametrized = set(self.graph.structure.sites) if everything else roles.behind_factors
+        self.known_precision, self.fixed = roles.known_precision, roles.fixed
+        if everything:
             return
         self.capture = Capture(self.graph, inputs, self.graph.parameters)
         self.reasons = {n: why for n, why in self.capture.unrecognised.items() if n not in self.reparametrized}

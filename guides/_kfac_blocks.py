@@ -13,8 +13,9 @@ from torch.distributions import transform_to
 from torch.fx import Node
 
 from bnn.curvature import Capture
-from bnn.guides._base import LARGEST_SIDE, _biases
+from bnn.guides._base import LARGEST_SIDE, biases_of
 from bnn.guides._blocks import LatentSite
+from bnn.guides._site_roles import roles_of
 from bnn.guides.matrix_normal import MatrixBlock
 from bnn.layers import Use
 from bnn.model_graph import ModelGraph, reaching
@@ -83,8 +84,9 @@ class Blocks:
             self.chains: list[list[int]] = []
             if self.graph.graph is not None:
                 self.capture = Capture(self.graph, inputs, self.graph.parameters)
-                self._inspect()
-                self._find_blocks(model, args, kwargs)
+                roles = roles_of(self.graph)
+                self.missed, self.known_precision, self.normal = roles.missed, roles.known_precision, roles.fixed
+                self._find_blocks()
                 if settings.block_tridiagonal:
                     self._find_chains()
         in_blocks = {name for block in self.blocks for name in block.names}
@@ -93,40 +95,12 @@ class Blocks:
         self.missed &= set(self.diagonal)
         self.thin = {n for n in range(len(self.blocks)) if n not in in_chains and self._is_thin(n)}
 
-    def _inspect(self) -> None:
-        assert self.graph.graph is not None
-        nodes = list(self.graph.graph.graph.nodes)
-        output = next(node for node in nodes if node.op == "output")
-        ends = dict(zip(self.graph.keys, output.args[0], strict=True))
-        placeholders = [node for node in nodes if node.op == "placeholder"]
-        starts = dict(zip(self.graph.structure.sites, placeholders, strict=False))
-        of_probes = reaching([end for (kind, *_), end in ends.items() if kind == "probe"], gradients=True)
-        likelihoods = {name: end for (kind, name, _), end in ends.items() if kind == "likelihood"}
-        of_likelihood = reaching(list(likelihoods.values()), gradients=True)
-        of_factors = reaching(
-            [end for name, end in likelihoods.items() if name not in self.graph.observed], gradients=True
-        )
-        of_prior = {name: reaching([ends["prior", name, 0]]) for name in starts}
-        for name, node in starts.items():
-            if node in of_factors or (node in of_likelihood and node not in of_probes):
-                self.missed.add(name)
-            else:
-                self.missed.discard(name)
-            if ("precision", name, 0) in ends and not any(node in of_prior[n] for n in starts if n != name):
-                self.known_precision.add(name)
-                fixed = reaching([ends["prior", name, 0], ends["precision", name, 0]]).isdisjoint(
-                    {*placeholders} - {node}
-                )
-                normal = self.graph.structure.sites[name].normal
-                if fixed and normal is not None:
-                    self.normal[name] = normal
-
-    def _find_blocks(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _find_blocks(self) -> None:
         assert self.capture is not None
         sites = {n: LatentSite(n, s.support, s.shape, 0, (), 1.0) for n, s in self.graph.structure.sites.items()}
         matrices = {n for n, s in sites.items() if n in self.capture.uses and _is_matrix(s.shape)}
         families = {name: "matrix" if name in matrices else "factorized" for name in sites}
-        partners, transposed = _biases(model, args, kwargs, sites, families, set())
+        partners, transposed = biases_of(self.capture, sites, families, set())
         for name, site in sites.items():
             if name in matrices:
                 members = [site, *(sites[bias] for weight, bias in partners.items() if weight == name)]

@@ -132,10 +132,15 @@ def _matrix_shape(site: LatentSite) -> tuple[int, int]:
 
 
 def _through_transform(site: LatentSite, law: Any) -> Tensor:
-    transform = biject_to(site.support)
     latent = pyro.sample(
         site.name + "_unconstrained", law.to_event(site.unconstrained_event_dim), infer={"is_auxiliary": True}
     )
+    return delta_at(site, latent)
+
+
+def delta_at(site: LatentSite, latent: Tensor) -> Tensor:
+    """Sample the site at an unconstrained value, with the density that the change of variables brings."""
+    transform = biject_to(site.support)
     value = transform(latent)
     log_density = transform.inv.log_abs_det_jacobian(value, latent)
     log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + site.event_dim)

@@ -144,7 +144,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         """The loss; natural gradients are left in ``.grad``."""
         unwrapped = poutine.unwrap(guide) if hasattr(poutine, "unwrap") else guide
         if isinstance(unwrapped, AutoDelta):
-            return self._point_estimate(model, unwrapped).loss_and_grads(_kind_of(args, kwargs), args, kwargs)
+            return self._point_estimate(model, unwrapped).loss_and_grads(kind_of(args, kwargs), args, kwargs)
         natural = self._natural_guide(unwrapped)
         if not natural.blocks:
             poutine.block(natural)(*args, **kwargs)
@@ -224,7 +224,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         return guide
 
     def _step(self, model: Any, guide: NaturalGuide, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
-        key = (id(model), id(guide), _kind_of(args, kwargs))
+        key = (id(model), id(guide), kind_of(args, kwargs))
         if key not in self._steps:
             step = self._steps[key] = Step(model, guide, args, kwargs, self.settings)
             self._report(step)
@@ -301,7 +301,7 @@ class TraceNaturalGradient_ELBO(Trace_ELBO):
         )
 
 
-def _kind_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def kind_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """A key for all that a recording depends on: shapes of tensors, and everything else by value."""
     if not kwargs and all(isinstance(argument, Tensor) for argument in args):
         return tuple(_key(argument) for argument in args)

@@ -8,6 +8,12 @@ A step of size h changes the variance along a direction of curvature k, and grad
     SGHMC    p = 2    λ = k/M      ν = V/(CT)      obabo has this bias on a Gaussian, symplectic_euler
                                                    1/(1 − hC/2M) times that; bbaoa and baoab have none
 
+Shuffled epochs of m minibatches take no noise from one to the next, since all rows together have none: what is slow
+beside an epoch does not see it. Noise in an epoch has the spectrum V(1 − |Dₘ|²/m²), Dₘ Dirichlet's kernel and V half
+the variance of a difference in it, which is at most V(m² − 1)θ²/12 at the frequency θ per step. So the second term is
+
+    ν h/2 · min(1, hλ (m² − 1)/3m)  for SGLD,      ν h/2 · min(1, h²λ (m² − 1)/12)  for SGHMC
+
 λ is the largest over directions, by power iteration on differences of minibatch gradients; ν the largest of the
 coordinates and of the steepest direction. Both are means over the chains, measured some forty times in warm-up. Far
 from the posterior gradients are far noisier than in it, and steps as short as that asks for would never get there; so
@@ -22,12 +28,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
+from bnn.full_data import minibatches_in_all
 from bnn.kernels._coordinates import Number
 from bnn.kernels._gradient_noise import Array, GradientNoise, Steepest, pair
 from bnn.kernels._metric import Scaling
@@ -58,6 +66,7 @@ class BiasModel:
     :ivar noise_weight: P/T, or 1/(CT); infinite without friction.
     :ivar temperature: T.
     :ivar damping: C/M where the integrator heats the momenta, though not the positions, to T/(1 − hC/2M); else 0.
+    :ivar epoch: m, minibatches in a shuffled epoch; None if they are independent of one another.
     """
 
     order: int
@@ -65,10 +74,15 @@ class BiasModel:
     noise_weight: Number
     temperature: float
     damping: float = 0.0
+    epoch: int | None = None
 
     def bias(self, step_size: float, curvature: float, noise: float) -> tuple[float, float]:
         """The relative bias in variance: of the discretisation, and of the gradient noise."""
-        return curvature * (0.5 * step_size) ** self.order, noise * 0.5 * step_size
+        seen = 1.0
+        if self.epoch is not None:
+            per_step = (self.epoch - 1 / self.epoch) / 3 if self.order == 1 else (self.epoch**2 - 1) / 12
+            seen = min(1.0, curvature * step_size**self.order * per_step)
+        return curvature * (0.5 * step_size) ** self.order, noise * 0.5 * step_size * seen
 
     def step_size(self, tolerance: float, curvature: float, noise: float) -> float:
         """The step size at which both together are ``tolerance``.
@@ -78,8 +92,12 @@ class BiasModel:
         0.05
         """
         if self.order == 1:
-            return 2.0 * tolerance / (curvature + noise)
-        free = 4.0 * tolerance / (noise + math.sqrt(noise**2 + 4.0 * curvature * tolerance))
+            free = 2.0 * tolerance / (curvature + noise)
+        else:
+            free = 4.0 * tolerance / (noise + math.sqrt(noise**2 + 4.0 * curvature * tolerance))
+        if self.epoch is not None and noise:
+            most = 2.0 * (tolerance / curvature) ** (1 / self.order)
+            free = brentq(lambda h: sum(self.bias(h, curvature, noise)) - tolerance, 0.999 * free, 1.001 * most)
         return min(free, 2.0 * LARGEST_DAMPING / self.damping) if self.damping else free
 
     def heat(self, step_size: float) -> float:
@@ -109,18 +127,30 @@ def constant_temperature(temperature: float | Schedule) -> float:
     return float(temperature)
 
 
+def minibatches_per_epoch(run: Run) -> int | None:
+    """M, if the noise of minibatches comes of shuffled epochs alone; of several plates', the longest."""
+    potential = run.potential
+    if run.kernel.replacement or potential.is_random or potential.batches is not None or not potential.plates:
+        return None
+    return max(minibatches_in_all([plate]) for plate in potential.plates.values())
+
+
 class ExpectedBias(StepRule):
     """The state of one search.
 
     :param model: how bias depends on the step size.
     :param tolerance: the relative bias in variance that is let pass.
     :param step_size: where it starts.
+    :param refreshed: the same of the Langevin step h²/2 that a step with a fresh momentum is; None without momenta.
     """
 
-    def __init__(self, model: BiasModel, tolerance: float, step_size: float) -> None:
-        self.model, self.tolerance, self.step_size = model, tolerance, step_size
+    def __init__(
+        self, model: BiasModel, tolerance: float, step_size: float, refreshed: BiasModel | None = None
+    ) -> None:
+        self.model, self.tolerance, self.step_size, self.refreshed = model, tolerance, step_size, refreshed
         self._measured: float | None = None
         self.is_hot = True
+        self._is_falling = True
         self._forget()
 
     def _forget(self) -> None:
@@ -134,6 +164,10 @@ class ExpectedBias(StepRule):
 
         A friction that is a rate in units of the metric would be none against noisy gradients in units far too large.
         """
+        epoch = minibatches_per_epoch(run)
+        self.model = replace(self.model, epoch=epoch)
+        if self.refreshed is not None:
+            self.refreshed = replace(self.refreshed, epoch=epoch)
         self._probe(run, FIRST_ITERATIONS)
         if metric_is_unknown and run.is_noisy and self._curvatures:
             run.change_metric(run.metric.scaled(self._curvatures[-1] ** -0.5))
@@ -148,10 +182,11 @@ class ExpectedBias(StepRule):
 
     def observe(self, run: Run, stats: Tensor, draw: int, draws: int) -> None:
         """Measure now and then, and compare with the momenta's temperature at the end."""
-        if "kinetic_temperature" in run.stat_names and len(stats):
+        if "kinetic_temperature" in run.stat_names and len(stats) and not self._is_falling:
             kinetic = float(stats[:, run.stat_names.index("kinetic_temperature")].mean())
             excess = kinetic / self.model.temperature - 1.0 - self.model.heat(self.step_size)
             self._heat.append((excess, self.step_size))
+        self._is_falling = self.is_falling(draw, draws)
         if draw == draws or draw % max(1, draws // PROBES) == 0:
             self._probe(run, ITERATIONS)
         if draw == draws and self._curvatures:
@@ -199,22 +234,32 @@ class ExpectedBias(StepRule):
         pairs = [[grad * weight for grad in pair(run)] for _ in range(PAIRS if run.is_noisy else 1)]
         random = torch.nn.functional.normalize(torch.randn_like(run.position), dim=-1)
         trace = float((random * self._steepest.times(run, random)).sum(-1)[moving].abs().mean())
-        products = torch.cat([(first * second).sum(-1) for first, second in pairs])
+        products = torch.stack([(first * second).sum(-1) for first, second in pairs])
         if not torch.isfinite(products).all():
             return
         self._curvatures.append(float(curvature.mean()))
-        spread = 2.0 * products.std() / math.sqrt(len(products)) if run.is_noisy else 0.0  # no more than is sure
-        hotter = float(products.mean() - spread) / max(trace * random.shape[-1] * self.model.temperature, 1e-30)
-        if run.is_noisy:
-            self._noises.append(self._gradient_noise(pairs, weight, self._steepest.direction[moving]))
-        noise = float(self._noises[-1].max()) if self._noises else 0.0
+        # No more than is sure: the chains may differ by orders of magnitude, so its error is that within chains.
+        spread = 2.0 * float(products.var(0).sum() / PAIRS) ** 0.5 / products.shape[1] if run.is_noisy else 0.0
+        hotter = (float(products.mean()) - spread) / max(trace * random.shape[-1] * self.model.temperature, 1e-30)
         hotter = max([1.0, hotter, *(1.0 + heat for heat, _ in self._heat[-1:])])
         self.is_hot = hotter > HOT
-        self.step_size = self.model.step_size(self.tolerance, float(np.mean(self._curvatures)), noise / hotter)
+        curvatures, direction = float(np.mean(self._curvatures)), self._steepest.direction[moving]
+        if run.is_noisy:
+            self._noises.append(self._gradient_noise(pairs, weight, direction, self.model.noise_weight))
+        if self.refreshed is not None and self._is_falling:
+            noise = 0.0
+            if run.is_noisy:
+                noise = self._gradient_noise(pairs, weight, direction, self.refreshed.noise_weight).max() / hotter
+            self.step_size = math.sqrt(2.0 * self.refreshed.step_size(self.tolerance, curvatures, noise))
+        else:
+            noise = float(self._noises[-1].max()) / hotter if self._noises else 0.0
+            self.step_size = self.model.step_size(self.tolerance, curvatures, noise)
 
-    def _gradient_noise(self, pairs: Sequence[Sequence[Tensor]], weight: Tensor, direction: Tensor) -> Array:
+    def _gradient_noise(
+        self, pairs: Sequence[Sequence[Tensor]], weight: Tensor, direction: Tensor, noise_weight: Number
+    ) -> Array:
         """Variances of minibatch gradients, weighted: those of the coordinates and, last, of the steepest direction."""
-        scale = torch.as_tensor(np.sqrt(self.model.noise_weight)).to(weight) / weight
+        scale = torch.as_tensor(np.sqrt(noise_weight)).to(weight) / weight
         along = torch.nn.functional.normalize(direction / scale, dim=-1)
         noise = GradientNoise()
         for one in pairs:

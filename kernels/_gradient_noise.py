@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from bnn.kernels._metric import Metric
 from bnn.kernels._run import Run
+from bnn.sgd_as_inference import Array as Array
+from bnn.sgd_as_inference import GradientNoise as GradientNoise
 
 # Length of the differences that curvature is measured by, in standard deviations along their direction.
 DIFFERENCE = 0.1
@@ -17,58 +17,12 @@ DIFFERENCE = 0.1
 # Iterations for a longest step, those at their end that count, and the chains that are looked at.
 ITERATIONS, COUNTED, CHAINS = 40, 20, 8
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
-
 
 def pair(run: Run) -> tuple[Tensor, Tensor]:
     """Gradients of two independent minibatches where the chains that still move stand, in their coordinates."""
     moving = ~run.stopped
     first, second = (run.metric.pull_back(run.gradient(), run.metric.tensors)[moving] for _ in range(2))
     return first, second
-
-
-class GradientNoise:
-    """V, the covariance of a minibatch gradient, from pairs of them at one place: ½ E[(g − g')(g − g')ᵀ].
-
-    :param dense: whether V is a matrix, in place of its diagonal.
-    :ivar pairs: how many have been seen.
-    """
-
-    def __init__(self, dense: bool = False) -> None:
-        self.dense, self.pairs = dense, 0
-        self._total: Tensor | None = None
-
-    def add(self, first: Tensor, second: Tensor) -> None:
-        """Gradients ``(pairs, dim)``, and others at the same places."""
-        difference = (first - second).double()
-        share = 0.5 * (difference.T @ difference if self.dense else difference.square().sum(0))
-        if torch.isfinite(share).all():  # a chain that leaves the finite numbers is stopped elsewhere
-            self._total = share if self._total is None else self._total + share
-            self.pairs += len(difference)
-
-    @property
-    def covariance(self) -> Array:
-        """V as ``(dim, dim)``, or its diagonal ``(dim,)``; with :attr:`pairs` degrees of freedom.
-
-        :raises ValueError: before the first pair of finite gradients.
-        """
-        if self._total is None:
-            raise ValueError("the minibatch gradients are not finite where the chains start: give other starts.")
-        result: Array = (self._total / self.pairs).cpu().numpy()
-        return result
-
-    def inverse(self) -> Array | None:
-        """V⁻¹, unbiased for Gaussian noise, as a matrix or a diagonal; None for a V that is singular or hardly known.
-
-        Of n degrees of freedom and size d the estimate of V⁻¹ is n / (n − d − 1) times too large; a diagonal has d = 1.
-        """
-        covariance, freedom = self.covariance, self.pairs
-        size = len(covariance) if self.dense else 1
-        spectrum = np.linalg.eigvalsh(covariance) if self.dense else covariance
-        if freedom < 2 * size + 2 or not spectrum.min() > 1e-12 * spectrum.max():
-            return None
-        inverse: Array = np.asarray(np.linalg.inv(covariance) if self.dense else 1.0 / covariance, dtype=np.float64)
-        return inverse * ((freedom - size - 1) / freedom)
 
 
 class Steepest:

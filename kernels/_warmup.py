@@ -72,6 +72,10 @@ class StepRule(ABC):
         """Look at where the chains start."""
         del run, metric_is_unknown
 
+    def is_falling(self, draw: int, draws: int) -> bool:
+        """Whether the chains may still be on their way down to the posterior after ``draw`` of ``draws``."""
+        return draw < falling_draws(draws) or (self.is_hot and 2 * draw < draws)
+
     @abstractmethod
     def observe(self, run: Run, stats: Tensor, draw: int, draws: int) -> None:
         """Learn from a draw of warm-up, the ``draw``-th of ``draws``, counted from 1."""
@@ -146,8 +150,9 @@ class Warmup:
     @property
     def is_falling(self) -> bool:
         """Whether the chains may still be on their way down to the posterior."""
-        is_hot = self.step_rule is not None and self.step_rule.is_hot
-        return self._draw < falling_draws(self.draws) or (is_hot and 2 * self._draw < self.draws)
+        if self.step_rule is None:
+            return self._draw < falling_draws(self.draws)
+        return self.step_rule.is_falling(self._draw, self.draws)
 
     def start(self, run: Run) -> None:
         """Look at where the chains start."""

@@ -264,7 +264,8 @@ class SGHMC(MomentumKernel):
         weight = 1.0 / (self._friction(0) * temperature)
         damping = float(np.max(self._friction(0) / self._mass())) if self.integrator == "symplectic_euler" else 0.0
         model = BiasModel(2, 1.0 / self._mass(), weight, temperature, damping)
-        return ExpectedBias(model, self.bias_tolerance, self.step_size_at(0))
+        refreshed = BiasModel(1, 1.0 / self._mass(), 1.0 / (self._mass() * temperature), temperature)
+        return ExpectedBias(model, self.bias_tolerance, self.step_size_at(0), refreshed)
 
     def _fresh_variance(self, step: int) -> Number:
         """Variance of a momentum that is drawn afresh: T M."""

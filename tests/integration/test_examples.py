@@ -16,6 +16,7 @@ WRITES = {
     "digits.py": ["digits.html", "digits.nc", "digits.png"],
     "gap_regression.py": ["gap_regression.png"],
     "long_run.py": ["long_run.zarr/zarr.json"],
+    "loss_landscape.py": ["loss_landscape.png"],
     "multimodal.py": ["multimodal.png"],
     "quickstart.py": ["quickstart.html", "quickstart.nc", "quickstart.png"],
     "uci_regression.py": [],
@@ -78,6 +79,18 @@ def test_a_small_momentum_scale_is_a_cold_posterior(quick):
     assert abs(positions / implied - 1.0) < 0.2 and norm < 0.3
     assert abs(norm / table["SGHMC", 0.07497][3] - 1.0) < 0.06
     assert "sampled at 0.0749 in place of 1" in done.stdout
+
+
+@pytest.mark.slow
+def test_modes_are_connected_by_a_curve(quick):
+    """Of the straight line, the aligned one and the trained curve each has a far lower barrier than the one before."""
+    done, _ = quick("loss_landscape.py")
+    rows = re.findall(r"^(line|line, aligned|Bezier curve) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout, re.M)
+    table = {name: [float(value) for value in values] for name, *values in rows}
+    barriers = [table[name][0] for name in ("line", "line, aligned", "Bezier curve")]
+    assert barriers[0] > 10 * barriers[1] > 10 * barriers[2] and barriers[0] > 100
+    assert table["line"][1] < 0.8 and table["Bezier curve"][1] > 0.95
+    assert table["Bezier curve"][3] < 0.5 * table["line"][3]
 
 
 def test_quickstart_prints_the_comparison(quick):

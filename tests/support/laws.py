@@ -131,3 +131,32 @@ def steps_to_stationarity(moves: Sequence[Move], times: float = 20.0) -> int:
     radius = max(abs(np.linalg.eigvals(matrix)))
     assert radius < 1, "the step is not stable"
     return int(np.ceil(times / (-2 * np.log(radius))))
+
+
+def stationary_in_epochs(moves: Sequence[Move], noise: float, epoch: int) -> np.ndarray:
+    """The stationary covariance, on average over an epoch, of a step whose gradients' noise sums to zero over epochs.
+
+    The noises in an epoch have covariance V (I − 11ᵀ/m): those of minibatches of shuffled rows, with V the rows'
+    finite-population variance.
+
+    :param moves: a step without noise in its gradient.
+    :param noise: V.
+    :param epoch: m.
+    """
+    matrix, injected = np.eye(3), propagate(np.zeros((3, 3)), moves)
+    entry = np.zeros((3, 1))
+    for move, _ in moves:
+        matrix, entry = move @ matrix, move @ entry
+        if move[2, 2] == 0:  # where the gradient is evaluated
+            entry[2] = 1.0
+    powers = [np.linalg.matrix_power(matrix, lag) for lag in range(2 * epoch)]
+    joint = noise * (np.eye(epoch) - 1.0 / epoch)
+
+    def after(start: np.ndarray, count: int) -> np.ndarray:
+        """The covariance ``count`` steps into an epoch, from that at its start."""
+        gains = np.hstack([powers[count - 1 - step] @ entry for step in range(count)])
+        result = powers[count] @ start @ powers[count].T + gains @ joint[:count, :count] @ gains.T
+        return result + sum(powers[lag] @ injected @ powers[lag].T for lag in range(count))
+
+    start = solve_discrete_lyapunov(powers[epoch], after(np.zeros((3, 3)), epoch))
+    return np.mean([after(start, count) for count in range(1, epoch + 1)], axis=0)

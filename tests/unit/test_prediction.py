@@ -14,7 +14,7 @@ import pytest
 import torch
 from pyro.distributions.transforms import ExpTransform
 from pyro.infer import NUTS, SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.optim import Adam
 from scipy import stats
 from torch import Tensor
@@ -288,6 +288,15 @@ def test_a_guide_predicts_by_its_law(guide_type: Any) -> None:
     error = found.epistemic / math.sqrt(count)
     assert ((found.mean - centre).abs() < 5 * error + 1e-6).all()
     assert found.num_draws == count and len(found.draws.unique(dim=0)) == count
+
+
+@pytest.mark.parametrize("guide_type", [AutoNormal, AutoDelta])
+def test_samples_under_a_guide_of_pyros_are_drawn(guide_type: Any) -> None:
+    """Such a guide keeps its model under a handler that gives every site a start, the predicted one too."""
+    guide, x = guide_type(regression), torch.zeros(10)
+    guide(x, x)
+    samples = bnn.predict(guide, x, samples=True, num_samples=50).samples
+    assert samples is not None and samples.std(0).min() > 0
 
 
 def test_a_prediction_pickles_and_prints(run: MCMC) -> None:

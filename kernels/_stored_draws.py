@@ -92,6 +92,7 @@ class StoredDraws(Draws):
         ):
             self.checkpoint()
         if self.signal == signal.SIGINT:
+            self.signal = None
             raise KeyboardInterrupt
         if self.signal is not None:
             self.writer.drain()
@@ -181,6 +182,8 @@ class StoredDraws(Draws):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self.signal is not None:  # it came after the last draw
+            signal.raise_signal(self.signal)
 
 
 def _numpy(block: Tensor) -> np.ndarray[Any, Any]:

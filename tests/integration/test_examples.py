@@ -102,11 +102,12 @@ def test_quickstart_prints_the_comparison(quick):
     assert {"log_likelihood", "sample_stats", "observed_data"} <= set(idata.groups())
 
 
+@pytest.mark.slow
 def test_a_long_run_is_killed_and_goes_on(quick, tmp_path):
     """SIGKILL at some moment of the run; the next one says where it goes on."""
-    for _ in range(10):
-        killed = run("long_run.py", "--quick", "--fresh", "--kill-after", "8", cwd=tmp_path)
-        if (tmp_path / "long_run.zarr").exists() or killed.returncode == 0:
+    for seconds in ("8", "16", "32", "64"):
+        killed = run("long_run.py", "--quick", "--fresh", "--kill-after", seconds, cwd=tmp_path)
+        if (tmp_path / "long_run.zarr").exists():
             break
     assert "Starts long_run.zarr, with seed 0." in killed.stdout
     done, _ = quick("long_run.py")

@@ -19,7 +19,7 @@ import xarray
 from pyro.infer import NUTS
 
 import bnn
-from bnn import Store
+from bnn import Store, reports
 from bnn.kernels import MCMC, SGHMC
 from bnn.store import DrawStore
 from bnn.store_writer import StoreError
@@ -88,6 +88,7 @@ def test_predictions_summary_scores_and_report(tmp_path):
     assert bnn.summary(path, x, model=net).table.shape[0] > 0
     assert bnn.efficiency(path)["ess_bulk"].shape == (2,)
     assert "The run" in bnn.report(path, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert reports.main([str(path), "-o", str(tmp_path / "again.html")]) == 0
     with pytest.raises(ValueError, match="give model="):
         bnn.predict(path, x)
     with pytest.raises(ValueError, match="knows neither model nor data"):

@@ -39,6 +39,9 @@ FORMAT = 1
 # A block of draws of all chains is held in memory until it is full: so many bytes, or so many draws.
 BLOCK_BYTES, BLOCK_DRAWS = 16 << 20, 1024
 
+# Draws in a chunk of statistics, which are many small arrays.
+STATS_DRAWS = 1024
+
 DTYPES = (None, "float64", "float32", "float16", "bfloat16")
 GROUPS = ("posterior", "sample_stats")
 COORDINATES = ("chain", "draw")
@@ -237,7 +240,8 @@ class DrawStore:
                     group, coordinate, (size,), (min(size, 8192),), np.dtype("int64"), [coordinate]
                 )
                 self._arrays[group][coordinate][:] = np.arange(size)
-        shape, chunk = (self.chains, self.capacity, *tail), (1, self.block, *tail)
+        block = self.block if group == "posterior" else STATS_DRAWS
+        shape, chunk = (self.chains, self.capacity, *tail), (1, block, *tail)
         return self._array(group, name, shape, chunk, dtype, [*COORDINATES, *names[: len(tail)]])
 
     def _array(
@@ -298,15 +302,17 @@ class DrawStore:
 
         Reads every chunk, one at a time.
         """
-        for start in range(0, draws, self.block):
-            for group, name, array in self._followed():
-                for chain in chains:
-                    if not self._reads(group, name, array, chain, slice(start, min(start + self.block, draws))):
-                        return f"{group}/{name}", chain, start
-        return None
+        found = [
+            (f"{group}/{name}", chain, start)
+            for group, name, array in self._followed()
+            for chain in chains
+            for start in range(0, draws, array.chunks[1])
+            if not self._reads(group, name, array, chain, slice(start, min(start + array.chunks[1], draws)))
+        ]
+        return min(found, key=lambda place: place[2], default=None)
 
     def _reads(self, group: str, name: str, array: Any, chain: int, draws: slice) -> bool:
-        place = [str(chain), str(draws.start // self.block), *["0"] * (array.ndim - 2)]
+        place = [str(chain), str(draws.start // array.chunks[1]), *["0"] * (array.ndim - 2)]
         if not Path(self.path, group, name, "c", *place).is_file():
             return False
         try:
@@ -317,11 +323,11 @@ class DrawStore:
 
     def forget(self, chains: range, draws: int) -> None:
         """Remove what ``chains`` have from draw number ``draws`` on in chunks of its own, and all of later chains."""
-        for group, name, _ in self._followed():
+        for group, name, array in self._followed():
             for folder in Path(self.path, group, name, "c").glob("*"):
                 keep = 0 if int(folder.name) >= chains.stop else draws
                 for chunk in folder.iterdir() if int(folder.name) >= chains.start else ():
-                    if int(chunk.name) * self.block >= keep:
+                    if int(chunk.name) * array.chunks[1] >= keep:
                         shutil.rmtree(chunk) if chunk.is_dir() else chunk.unlink()
 
     def _followed(self) -> list[tuple[str, str, Any]]:

@@ -176,6 +176,9 @@ def open_groups(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
             for group in ("posterior", "sample_stats")
         }
+    # A commit may fall between the two.
+    least = {dim: slice(min(group.sizes[dim] for group in groups.values())) for dim in COORDINATES}
+    groups = {name: group.isel(least) for name, group in groups.items()}
     facts = groups["sample_stats"].attrs
     groups["sample_stats"].attrs = {name: _with_nan(fact) for name, fact in facts.items()}
     if "site" in groups["sample_stats"].dims:

@@ -20,6 +20,9 @@ from bnn.saved_state import dumps
 from bnn.store import DrawStore, variable_of
 from bnn.store_writer import BackgroundWriter
 
+# Rows of statistics that are written at once, or fewer at a checkpoint: each array costs milliseconds.
+ROWS = 512
+
 # At most such a part of the time goes into making checkpoints.
 LARGEST_PART = 0.02
 
@@ -82,6 +85,9 @@ class StoredDraws(Draws):
     def pause(self) -> None:
         """Make a checkpoint if one is due, or if a signal asked the run to stop."""
         self.writer.check()
+        record = self.kernel._running.record
+        if record.draws - record.taken >= ROWS:
+            self._flush_statistics()
         self._since += 1
         options = self.store.options
         seconds = max(options.checkpoint_every, self._spent / LARGEST_PART)
@@ -116,6 +122,7 @@ class StoredDraws(Draws):
         """Write what continues the run from here, and let readers see the draws so far."""
         start = time.monotonic()
         self._flush()
+        self._flush_statistics()
         content = dumps({**self.around(self), "state": state_of(self.kernel)})
         attributes, store = self.attributes(), self.store
         chains, draws = self.first_chain + self.chains, self.count
@@ -153,14 +160,25 @@ class StoredDraws(Draws):
         }
         if is_full:
             self._blocks = {}
-        stats, store, chain = self.kernel._running.record.take(), self.store, self.first_chain
+        store, chain = self.store, self.first_chain
 
         def work() -> None:
             store.write("posterior", {name: _numpy(block) for name, block in blocks.items()}, chain, start)
-            store.write("sample_stats", {name: value.numpy() for name, value in stats.items()}, chain, start)
 
         self.writer.put(work)
         self._put = stop
+
+    def _flush_statistics(self) -> None:
+        record, store, chain = self.kernel._running.record, self.store, self.first_chain
+        start = record.taken
+        stats = record.take()
+        if record.taken == start:
+            return
+
+        def work() -> None:
+            store.write("sample_stats", {name: value.numpy() for name, value in stats.items()}, chain, start)
+
+        self.writer.put(work)
 
     @contextmanager
     def signals(self) -> Iterator[None]:

@@ -56,7 +56,8 @@ def run(kernel: Any, store: Store | Path, data: tuple[Any, ...], *, seed: int = 
 
 
 def assert_same(one: MCMC, other: MCMC) -> None:
-    """Every draw, every statistic, bit for bit."""
+    """Every draw, every statistic, bit for bit; and what is said of the chains at the end."""
+    assert str(one._diagnostics) == str(other._diagnostics)
     for left, right in (
         (one.get_samples(group_by_chain=True), other.get_samples(group_by_chain=True)),
         (dict(one.sample_stats), dict(other.sample_stats)),

@@ -381,8 +381,9 @@ def test_a_damaged_checkpoint(name, tmp_path):
     assert bnn.to_arviz(path)["posterior"].sizes["draw"] == 12
 
 
-def test_memory_does_not_grow_with_the_draws(tmp_path):
-    """Rows of statistics and draws in memory stay those of one block."""
+def test_memory_does_not_grow_with_the_draws(tmp_path, monkeypatch):
+    """Rows of statistics in memory stay those of one block."""
+    monkeypatch.setattr("bnn.kernels._stored_draws.ROWS", 5)
     sizes = []
 
     def hook(kernel, params, stage, i):

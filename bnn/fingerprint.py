@@ -79,7 +79,7 @@ def describe(value: Any, with_values: bool = True) -> str:
     :param with_values: whether the checksum is of a tensor's numbers, or it is described by its shape alone.
 
     >>> describe({"a": torch.zeros(2), "b": 1})
-    "{'a': float32 (2,) 35ca9e04, 'b': 1}"
+    "{'a': float32 (2,) 6522df69, 'b': 1}"
     """
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         tensor = torch.as_tensor(value).detach()

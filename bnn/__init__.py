@@ -52,5 +52,6 @@ from bnn.scoring import regression_scores as regression_scores
 from bnn.sgd_as_inference import sgd_covariance as sgd_covariance
 from bnn.sgd_as_inference import sgd_temperature as sgd_temperature
 from bnn.sharpness import box_sharpness as box_sharpness
+from bnn.store import Store as Store
 from bnn.temperature_scaling import calibrated_nll as calibrated_nll
 from bnn.temperature_scaling import fit_temperature as fit_temperature

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -57,7 +58,8 @@ def to_arviz(
     Variables that follow the draws lead with (chain, draw), or with chain times draw as Pyro's ``Predictive`` returns
     them.
 
-    :param posterior: a finished run, or a guide.
+    :param posterior: a finished run, a guide, or the path of a store that a run writes: its draws and statistics are
+        then read when they are looked at, those that are committed so far; only ``thin`` goes with a path.
     :param log_likelihood: the log density of each observation under each draw.
     :param posterior_predictive: a draw of each observed site for each draw of the posterior. Not made by default.
     :param observed_data: the values of the observed sites.
@@ -93,6 +95,17 @@ def to_arviz(
     >>> dict(data.log_likelihood.sizes)
     {'chain': 4, 'draw': 50, 'row': 2}
     """
+    if isinstance(posterior, (str, os.PathLike)):
+        from bnn.stored_draws import as_arviz
+
+        given = [log_likelihood, observed_data, constant_data, predictions, predictions_constant_data, prior, batches]
+        made = [posterior_predictive, function_space, model_args, model_kwargs, coords, dims, pred_dims]
+        if any(one not in (None, False) for one in given) or any(made):
+            raise ValueError(
+                "a store holds draws and their statistics, and knows neither model nor data: give thin= alone. "
+                "Predictions of its draws are in bnn.predict(path, x, model=model)."
+            )
+        return as_arviz(posterior, checked_thin(thin))
     if not hasattr(posterior, "get_samples") and hasattr(posterior, "model"):
         from bnn.guide_draws import GuideRun
 
@@ -100,8 +113,7 @@ def to_arviz(
     elif model_args or model_kwargs:
         raise ValueError("model_args and model_kwargs are for guides: a run knows the arguments of its model.")
     samples, stats = _draws_and_stats(posterior)
-    if not isinstance(thin, int) or isinstance(thin, bool) or thin < 1:
-        raise ValueError(f"thin is {thin!r}; give a whole number of at least 1: every thin-th draw is kept.")
+    checked_thin(thin)
     chains, draws = next(iter(samples.values())).shape[:2]
     given = {
         "log_likelihood": log_likelihood,
@@ -134,7 +146,7 @@ def to_arviz(
         for name, value in prior.items():
             group = "prior_predictive" if name in observed else "prior"
             groups.setdefault(group, {})[name] = _numpy(value)[None]
-    attrs = {"posterior": _attributes(posterior, thin)}
+    attrs = {"posterior": attributes_of(posterior, thin)}
     facts = getattr(posterior, "run_facts", None)
     if facts:
         attrs["sample_stats"] = dict(facts)
@@ -142,6 +154,13 @@ def to_arviz(
     data = assemble(groups, coords=coords, dims=dims, pred_dims=pred_dims, attrs=attrs)
     mark_functions(data, functions)
     return data
+
+
+def checked_thin(thin: Any) -> int:
+    """:raises ValueError: unless ``thin`` is a positive whole number."""
+    if not isinstance(thin, int) or isinstance(thin, bool) or thin < 1:
+        raise ValueError(f"thin is {thin!r}; give a whole number of at least 1: every thin-th draw is kept.")
+    return thin
 
 
 def assemble(
@@ -291,7 +310,7 @@ def _fit(group: str, name: str, value: Any, shape: tuple[int, int] | None, thin:
     return array
 
 
-def _attributes(posterior: Any, thin: int) -> dict[str, Any]:
+def attributes_of(posterior: Any, thin: int) -> dict[str, Any]:
     """What the run was: numbers and strings only, so that they can be written to a file."""
     kernel: Any = getattr(posterior, "kernel", None)
     guide = getattr(kernel, "guide", None)

@@ -183,10 +183,11 @@ def summary(
         raise ValueError(f"rows is {rows!r}; give the number of rows to show, at least 1.")
     known = draws_of(posterior, model=model, num_samples=num_samples, args=args, kwargs=model_kwargs)
     functions = function_draws(known, args, model_kwargs)
-    grouped = {
-        name: v.cpu().numpy().reshape(known.chains, known.draws, *v.shape[1:]) for name, v in known.values.items()
+    shown = {
+        name: v.cpu().numpy().reshape(known.chains, known.draws, *v.shape[1:])
+        for name, v in known.values.items()
+        if weights or v[0].numel() <= SMALL_SITE
     }
-    shown = {name: v for name, v in grouped.items() if weights or v[0, 0].size <= SMALL_SITE}
     kind: Any = "all" if known.chains > 1 else "stats"
     tables = []
     predicted = assembled(functions)["posterior"]
@@ -208,7 +209,7 @@ def summary(
         tables.append(arviz.summary(assemble({"posterior": shown}), kind=kind))
     which = "largest R-hat" if known.chains > 1 else "largest standard deviation"
     note = f"{WHY} Shown are the {rows} of {looked_at} rows with the {which}"
-    note += "" if weights or len(shown) == len(grouped) else "; weights=True shows every weight as well"
+    note += "" if weights or len(shown) == len(known.values) else "; weights=True shows every weight as well"
     return Summary(pandas.concat(tables), note + ".")
 
 

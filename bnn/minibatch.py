@@ -6,12 +6,14 @@ through a loader of argument tuples. Every chain has its own stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from bnn.loader_walk import Walk, generators_of
 
 # Minibatches that are cut at once.
 BLOCK = 32
@@ -102,24 +104,20 @@ class ArgumentStream:
 
     def __init__(self, batches: Iterable[Any], num_chains: int = 1) -> None:
         self.batches, self.num_chains = batches, num_chains
-        self._walks: list[Iterator[Any]] = [iter(batches) for _ in range(num_chains)]
-        if any(walk is batches for walk in self._walks):
-            raise ValueError(
-                "batches= must be iterable again and again, like a list or a torch DataLoader; "
-                f"{type(batches).__name__} is used up after one pass. Wrap it in list(...) if it fits in memory."
-            )
+        self._walks = [Walk(batches) for _ in range(num_chains)]
 
     def next(self) -> list[Arguments]:
         """The next minibatch of every chain, as ``(args, kwargs)``."""
-        return [self._next(chain) for chain in range(self.num_chains)]
+        return [arguments_of(walk.next()) for walk in self._walks]
 
-    def _next(self, chain: int) -> Arguments:
-        for _ in range(2):
-            try:
-                return arguments_of(next(self._walks[chain]))
-            except StopIteration:
-                self._walks[chain] = iter(self.batches)
-        raise ValueError("batches= is empty: it must yield at least one tuple of model arguments.")
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "generators": [one.get_state() for one in generators_of(self.batches)]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = state.pop("generators")
+        vars(self).update(state)
+        for generator, known in zip(generators_of(self.batches), own, strict=True):
+            generator.set_state(known)
 
 
 def arguments_of(item: Any) -> Arguments:

@@ -1,4 +1,4 @@
-"""Draws of a posterior, whatever form it has: a run, a guide, ArviZ's data, a dict of draws, an ensemble of dicts."""
+"""Draws of a posterior, whatever form it has: a run, a guide, ArviZ's data, a dict or an ensemble of dicts, a store."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnn.guide_draws import GuideRun
 from bnn.observations import Chunk, read
+from bnn.stored_draws import StoredGroup, StoredSite, is_path
 
 GUIDE_DRAWS = 1000
 
@@ -61,8 +62,9 @@ def draws_of(
 ) -> PosteriorDraws:
     """The draws of ``posterior`` and its model.
 
-    :param posterior: a finished run (ours or Pyro's), a guide, ArviZ's data, a dict ``site -> (draws, *shape)``, or
-        a sequence of dicts ``site -> value``, one per member of an ensemble.
+    :param posterior: a finished run (ours or Pyro's), a guide, ArviZ's data, a dict ``site -> (draws, *shape)``, a
+        sequence of dicts ``site -> value``, one per member of an ensemble, or the path of a store, whose draws are
+        read when they are looked up.
     :param model: the model; needed where ``posterior`` does not know it.
     :param num_samples: how many draws: of a run or a dict, evenly spaced in each chain; of a guide, 1000 by default.
     :param args: arguments of the model, with which a guide may need to be run.
@@ -76,6 +78,11 @@ def draws_of(
         raise ValueError(f"num_samples is {num_samples!r}; give the number of draws to predict with, at least 1.")
     if isinstance(posterior, PosteriorDraws):
         return posterior
+    if is_path(posterior):
+        stored = StoredGroup(posterior, "posterior")
+        places = _evenly(*stored.shape, num_samples)
+        sites: dict[str, Any] = {name: StoredSite(stored, name, places) for name in stored}
+        return PosteriorDraws(_known(model), sites, stored.shape[0])
     if hasattr(posterior, "get_samples"):
         if getattr(posterior, "_samples", True) is None:
             raise RuntimeError("there are no draws yet: call run(...) first.")
@@ -103,7 +110,7 @@ def draws_of(
         return _of(stacked, model, num_samples)
     raise ValueError(
         f"posterior is {type(posterior).__name__}; give a finished run, a guide, ArviZ data with a group 'posterior', "
-        "a dict of draws, or a list of dicts, one per member of an ensemble."
+        "a dict of draws, a list of dicts, one per member of an ensemble, or the path of a store."
     )
 
 
@@ -114,16 +121,15 @@ def _of(
     grouped = dict(grouped)
     if not grouped:
         raise ValueError("the posterior holds no draws of any site.")
-    if model is None:
-        raise ValueError("this posterior does not know its model: give model=, the Pyro model whose sites it holds.")
+    model = _known(model)
     sizes = {name: tuple(value.shape[:2]) for name, value in grouped.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the sites have different numbers of draws: {sizes}.")
     chains, draws = next(iter(sizes.values()))
     if not chains * draws:
         raise ValueError("the posterior holds no draws: its sites are empty.")
-    kept = draws if num_samples is None else max(1, min(draws, num_samples // chains))
-    places = torch.linspace(0, draws - 1, kept, dtype=torch.float64).round().long()
+    places = _evenly(chains, draws, num_samples)
+    kept = len(places)
     values = {}
     for name, value in grouped.items():
         part = value.detach() if kept == draws else value.detach()[:, places.to(value.device)]
@@ -136,6 +142,18 @@ def _of(
                     f"{bad} of {kept * chains} draws of site {name!r} are not finite: leave out diverged chains."
                 )
     return PosteriorDraws(model, values, chains, **known)
+
+
+def _known(model: Callable[..., Any] | None) -> Callable[..., Any]:
+    if model is None:
+        raise ValueError("this posterior does not know its model: give model=, the Pyro model whose sites it holds.")
+    return model
+
+
+def _evenly(chains: int, draws: int, num_samples: int | None) -> Tensor:
+    """Evenly spaced draws of each chain, ``num_samples`` in all."""
+    kept = draws if num_samples is None else max(1, min(draws, num_samples // chains))
+    return torch.linspace(0, draws - 1, kept, dtype=torch.float64).round().long()
 
 
 def _is_arviz(posterior: Any) -> bool:

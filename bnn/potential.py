@@ -97,6 +97,7 @@ class Potential(Positions):
         self._mean_rows = None if batches is None or len(self.plates) != 1 else mean_rows(batches)
         self.chunks = Chunks(self.plates.values(), self.dtype, self.device)
         self._programs: dict[Any, Program] = {}
+        self.decided: dict[str, str] = {}  # tiers of compile="auto"
         self._streams: dict[int, Stream] = {}
         self._vectorizes: bool | None = None
         self.is_random = False
@@ -270,14 +271,14 @@ class Potential(Positions):
         chains = next(len(t) for t, flag in zip(inputs, per_chain, strict=True) if flag)
         if chains == 1 or self.vectorizes():
             try:
-                return choose(record(function, inputs), inputs, compile, calls)
+                return choose(record(function, inputs), inputs, compile, calls, self.decided)
             except RecordingError:
                 if chains == 1:
                     raise
                 self._vectorizes = False
 
         one = one_chain(inputs, per_chain)
-        return over_chains(choose(record(function, one), one, compile, calls * chains), per_chain)
+        return over_chains(choose(record(function, one), one, compile, calls * chains, self.decided), per_chain)
 
     def kept_program(self, key: Any, *recording: Any, **options: Any) -> Program:
         """The :meth:`program` kept under ``key``, recorded the first time."""

@@ -101,8 +101,8 @@ def predict(
     draws, never logits, unless ``average="logits"`` asks for it (then they are the normalised geometric mean of the
     draws' probabilities).
 
-    :param posterior: a finished run of ours or Pyro's, a guide, ArviZ's data, a dict ``site -> (draws, *shape)``, or a
-        list of dicts ``site -> value`` (an ensemble).
+    :param posterior: a finished run of ours or Pyro's, a guide, ArviZ's data, a dict ``site -> (draws, *shape)``, a
+        list of dicts ``site -> value`` (an ensemble), or the path of a store, of which a block is read at a time.
     :param args: arguments of the model: new inputs. Without any, those of the run.
     :param model: the model, where ``posterior`` does not know it.
     :param sites: the sites to be predicted; by default those that the run observed.

@@ -9,6 +9,7 @@ ArviZ's: rank-normalised split R-hat, bulk and tail ESS (Vehtari et al. 2021, Ba
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from bnn.run_statistics import RunStatistics, statistics_of
 
 # So many numbers of a function are looked at, of all sites together, and the fewest of one site.
 FUNCTION_VALUES, SITE_VALUES, FEWEST_OF_SITE = 400, 800, 10
+
+# Numbers that are read at once.
+NUMBERS_AT_ONCE = 1 << 24
 
 # Split R-hat needs two halves of two draws each.
 FEWEST_DRAWS = 4
@@ -145,7 +149,7 @@ class RunData:
             places = _liveliest_class(variable, most)
         else:
             places = evenly(size, most)
-        values = np.asarray(variable.values).reshape(self.chains, self.draws, size)[..., places].astype(float)
+        values = numbers_at(variable, places)
         labels = [_label(name, variable, others, np.unravel_index(place, shape) if shape else ()) for place in places]
         return Convergence(name, size, labels, values, *self._diagnose(values))
 
@@ -170,11 +174,32 @@ class RunData:
             return [np.asarray(v, dtype=float) for v in (rhats, bulk, tail, mcse(found)["value"].values)]
 
 
+def blocks(variable: Any) -> Iterator[np.ndarray]:
+    """The values of a variable of the posterior, ``(chains, draws, numbers)``, some draws at a time."""
+    others = [dim for dim in variable.dims if dim not in ("chain", "draw")]
+    variable = variable.transpose("chain", "draw", *others)
+    chains, draws = variable.shape[:2]
+    size = max(1, variable.size // (chains * draws))
+    at_once = max(1, NUMBERS_AT_ONCE // (chains * size))
+    for start in range(0, draws, at_once):
+        values = np.asarray(variable.isel(draw=slice(start, start + at_once)).values)
+        yield values.reshape(chains, -1, size)
+
+
+def numbers_at(variable: Any, places: np.ndarray) -> np.ndarray:
+    """Some numbers of a variable of the posterior, ``(chains, draws, places)``."""
+    return np.concatenate([block[..., places].astype(float) for block in blocks(variable)], 1)
+
+
 def read(idata: Any) -> RunData:
-    """The groups of ArviZ data: an ``InferenceData``, or a ``DataTree``.
+    """The groups of ArviZ data: an ``InferenceData``, or a ``DataTree``; or of the store at a path.
 
     :raises ValueError: for anything else, or without draws of a posterior.
     """
+    if isinstance(idata, (str, os.PathLike)):
+        from bnn.stored_draws import as_arviz
+
+        idata = as_arviz(idata)
     if callable(getattr(idata, "groups", None)) and hasattr(idata, "to_netcdf"):
         groups = {name: idata[name] for name in idata.groups()}
     elif hasattr(idata, "children") and hasattr(idata, "to_dataset"):

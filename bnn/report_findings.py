@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnn.norm_identities import NORMS, norm_balance
-from bnn.report_data import FEWEST_DRAWS, Convergence, RunData, quiet
+from bnn.report_data import FEWEST_DRAWS, Convergence, RunData, blocks, quiet
 from bnn.temperature import verdict, wrong_temperature
 
 SERIOUS, CAUTION, NOTE = "serious", "caution", "note"
@@ -80,7 +80,11 @@ def _count(number: int, what: str) -> str:
 
 def _not_finite(data: RunData) -> Iterator[Finding]:
     variables = {**data.functions, **data.sites}
-    bad = [name for name, v in variables.items() if v.dtype.kind == "f" and not np.isfinite(v.values).all()]
+    bad = [
+        name
+        for name, v in variables.items()
+        if v.dtype.kind == "f" and not all(np.isfinite(block).all() for block in blocks(v))
+    ]
     if bad:
         yield Finding(
             SERIOUS,

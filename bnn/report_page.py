@@ -51,7 +51,8 @@ def report(idata: Any, path: str | os.PathLike[str] = "report.html", *, title: s
     Calibration is on held-out data if ``predictions`` and ``predictions_constant_data`` both hold the observed site
     (its draws, and the true targets), else on the data of the fit.
 
-    :param idata: ArviZ data of either line: what :func:`bnn.to_arviz` makes of a run or a guide, or made elsewhere.
+    :param idata: ArviZ data of either line: what :func:`bnn.to_arviz` makes of a run or a guide, or made elsewhere; or
+        the path of a store of draws.
     :param path: where to write.
     :param title: the page's title.
     :return: ``path``.

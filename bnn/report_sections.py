@@ -10,7 +10,7 @@ import numpy as np
 
 from bnn.norm_identities import NORMS
 from bnn.per_site import equipartition
-from bnn.report_data import Convergence, RunData, evenly, quiet
+from bnn.report_data import Convergence, RunData, evenly, numbers_at, quiet
 from bnn.report_findings import RHAT, temperature_verdict
 from bnn.report_plots import Panel, of_norms, of_temperature
 from bnn.temperature import LABELS, measure
@@ -266,11 +266,9 @@ def of_sites(data: RunData) -> Section | None:
 
 
 def _size_and_sd(variable: Any) -> tuple[float, float]:
-    others = [dim for dim in variable.dims if dim not in ("chain", "draw")]
-    values = np.asarray(variable.transpose("chain", "draw", *others).values)
-    values = values.reshape(values.shape[0] * values.shape[1], -1)
-    places = evenly(values.shape[1], LARGEST_SITE)
-    values = values[:, places].astype(float)
+    size = variable.size // (variable.sizes["chain"] * variable.sizes["draw"])
+    values = numbers_at(variable, evenly(size, LARGEST_SITE))
+    values = values.reshape(-1, values.shape[-1])
     with quiet():
         return float(np.abs(values).mean()), float(values.std(0).mean())
 

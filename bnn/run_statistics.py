@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +71,14 @@ class RunStatistics:
 
 
 def statistics_of(run: Any) -> RunStatistics:
-    """The statistics of a run of ``bnn.kernels.MCMC``, or of what ``bnn.to_arviz`` made of one.
+    """The statistics of a run of ``bnn.kernels.MCMC``, of what ``bnn.to_arviz`` made of one, or of a store by its path.
 
     :raises ValueError: for anything else.
     """
+    if isinstance(run, (str, os.PathLike)):
+        from bnn.stored_draws import as_arviz
+
+        run = as_arviz(run)
     facts = getattr(run, "run_facts", None)
     if facts is not None:
         stats = {name: value.numpy() for name, value in run.sample_stats.items()}
@@ -89,8 +94,25 @@ def statistics_of(run: Any) -> RunStatistics:
     return RunStatistics(
         {str(name): stats[name].values for name in stats.data_vars},
         stats.attrs,
-        {str(name): draws[name].values for name in draws.data_vars},
+        _Values(draws),
     )
+
+
+class _Values(Mapping[str, np.ndarray]):
+    """The values of a Dataset's variables, read when they are looked up."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        values: np.ndarray = self.dataset[name].values
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, self.dataset.data_vars)
+
+    def __len__(self) -> int:
+        return len(self.dataset.data_vars)
 
 
 def site_facts(sites: Mapping[str, Any]) -> dict[str, Any]:

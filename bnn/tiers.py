@@ -66,15 +66,29 @@ def check_tier(compile: str) -> None:
         raise ValueError(f"compile={compile!r} is not a tier: choose one of {', '.join(map(repr, TIERS))}.")
 
 
-def choose(graph_module: GraphModule, inputs: Sequence[torch.Tensor], compile: str = "auto", calls: int = 0) -> Program:
+def choose(
+    graph_module: GraphModule,
+    inputs: Sequence[torch.Tensor],
+    compile: str = "auto",
+    calls: int = 0,
+    decided: dict[str, str] | None = None,
+) -> Program:
     """The recorded program in the tier that is asked for, or the faster one.
 
     :param graph_module: the recording.
     :param inputs: example inputs; must be left unchanged by the program.
     :param compile: ``"fx"``, ``"inductor"``, or ``"auto"`` to take the faster where that repays its compilation.
     :param calls: how often the program will run, as far as is known.
+    :param decided: what ``"auto"`` was decided to be, of programs by their hash: is kept to, and added to.
     :raises RuntimeError: if ``compile="inductor"`` and inductor cannot compile.
     """
+    if compile == "auto" and calls > 0 and decided is not None:
+        key = _hash_of(graph_module, inputs)
+        if key not in decided:
+            program = choose(graph_module, inputs, compile, calls)
+            decided[key] = program.tier
+            return program
+        compile = decided[key]
     if compile == "inductor":
         return Program(run_inductor(graph_module, inputs), "inductor")
     program = Program(run_fx(graph_module), "fx")
@@ -114,19 +128,22 @@ def _seconds(program: Program, inputs: Sequence[torch.Tensor], budget: float = 0
     return statistics.median(times)
 
 
+def _hash_of(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> str:
+    described = [
+        graph_module.code,
+        str([(tuple(t.shape), str(t.dtype), str(t.device)) for t in inputs]),
+        str([(name, tuple(b.shape)) for name, b in graph_module.named_buffers()]),
+        torch.__version__,
+        str(torch.get_num_threads()),
+    ]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:32]
+
+
 class _Memory:
     """Timings of one program on this machine, in a file beside inductor's cache."""
 
     def __init__(self, graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> None:
-        described = [
-            graph_module.code,
-            str([(tuple(t.shape), str(t.dtype), str(t.device)) for t in inputs]),
-            str([(name, tuple(b.shape)) for name, b in graph_module.named_buffers()]),
-            torch.__version__,
-            str(torch.get_num_threads()),
-        ]
-        key = hashlib.sha256("\n".join(described).encode()).hexdigest()[:32]
-        self.path = _cache_folder() / f"bnn-tier-{key}.json"
+        self.path = _cache_folder() / f"bnn-tier-{_hash_of(graph_module, inputs)}.json"
         try:
             self.seconds: dict[str, float] = {k: float(v) for k, v in json.loads(self.path.read_text()).items()}
         except (OSError, ValueError):

@@ -55,6 +55,7 @@ class StochasticGradientKernel(MCMCKernel):
     observes_energy = False  # whether the last step to a draw gives its energy alone, and ``take`` the statistics
     needs_all_data = False  # whether gradients are of all data, summed over minibatches if the model has these
     metric: Preconditioner | None = None  # how the metric is learnt in warm-up, if it is
+    changing: tuple[str, ...] = ("_warmup",)  # attributes that change in a run: part of what it is resumed from
 
     def __init__(
         self,
@@ -95,6 +96,7 @@ class StochasticGradientKernel(MCMCKernel):
         self._initial_params: Mapping[str, Tensor] | None = None
         self._run: Run | None = None
         self._warmup: Warmup | None = None
+        self._decided: dict[str, str] = {}  # tiers of a run that is resumed
 
     # ---- what an algorithm supplies
 
@@ -224,6 +226,7 @@ class StochasticGradientKernel(MCMCKernel):
             self.model, *args, batches=self.batches, compile=self.compile, replacement=self.replacement,
             ranks=self.ranks, **kwargs,
         )  # fmt: skip
+        potential.decided.update(self._decided)
         self._run = run = Run(self, potential, chains, warmup_steps)
         if self._initial_params is None:
             position = potential.initial(chains, self.init_strategy)
@@ -348,7 +351,7 @@ class StochasticGradientKernel(MCMCKernel):
         run.last_stats = stats
         run.draws += 1
         if run.draws > run.warmup_steps:
-            run.record(stats)
+            run.record.add(stats, run.step - 1)
         else:
             self.adapt(stats)
         return stats
@@ -356,11 +359,11 @@ class StochasticGradientKernel(MCMCKernel):
     def chain_diagnostics(self) -> list[dict[str, Any]]:
         """Pyro's diagnostics of each chain, from the draws after warm-up."""
         found = {} if self.warmup_report is None else {"warm-up chose": self.warmup_report}
-        return [{**entry, **found} for entry in self._running.chain_diagnostics()]
+        return [{**entry, **found} for entry in self._running.record.diagnostics()]
 
     def sample_stats(self) -> dict[str, Tensor]:
         """Statistics of the draws after warm-up: name -> ``(chains, draws)``."""
-        return self._running.sample_stats()
+        return self._running.record.arrays()
 
     def per_coordinate(self, name: str, value: Any, *, default: float = 1.0, positive: bool = True) -> Number:
         """A setting given as a number, per site (dict) or per coordinate (vector), of shape () or (dim,).

@@ -1,4 +1,4 @@
-"""One process per chain, by Pyro's own sampler."""
+"""Chains in processes of their own, by Pyro's runner."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ class ParallelSampler(_MultiSampler):
     """
 
     def init_workers(self, *args: Any, **kwargs: Any) -> None:
-        """Make the workers, each with a kernel of its own."""
         super().init_workers(*args, **kwargs)
         for process, chain in zip(self.workers, range(self.num_chains), strict=True):
             worker = process._target.__self__

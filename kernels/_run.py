@@ -14,8 +14,8 @@ from bnn.kernels._algorithm import Algorithm, EnergyAndGrad
 from bnn.kernels._coordinates import Number
 from bnn.kernels._draw_statistics import DrawStatistics
 from bnn.kernels._metric import Identity, Metric
-from bnn.kernels._norm_rates import norm_rates
-from bnn.kernels.schedules import Schedule, value_at
+from bnn.kernels._record import Record
+from bnn.kernels.schedules import value_at
 from bnn.kernels.variance_reduction import Anchor, Anchoring, reduced
 from bnn.minibatch import Stream
 from bnn.potential import Potential
@@ -64,9 +64,7 @@ class Run:
         self.any_stopped = False
         self.stopped_at: list[int | None] = [None] * chains
         self._statistics: DrawStatistics | None = None
-        self._table: Tensor | None = None
-        self._draw_steps: list[int] = []
-        self._rows = 0
+        self.record = Record(self)
 
     # ---- the chains' coordinates, and the model's
 
@@ -153,76 +151,6 @@ class Run:
     def stat_names(self) -> list[str]:
         """Names of the columns of :meth:`advance`'s statistics."""
         return self.statistics.names
-
-    def record(self, stats: Tensor) -> None:
-        """Append one draw's statistics."""
-        if self._table is None:
-            self._table = stats.new_empty(64, *stats.shape)
-        elif self._rows == len(self._table):
-            self._table = torch.cat([self._table, torch.empty_like(self._table)])
-        self._table[self._rows] = stats
-        self._draw_steps.append(self.step - 1)
-        self._rows += 1
-
-    def table(self) -> Tensor:
-        """Statistics ``(draws, chains, names)``."""
-        return torch.empty(0, self.chains, 0) if self._table is None else self._table[: self._rows].cpu()
-
-    def chain_diagnostics(self) -> list[dict[str, Any]]:
-        """Pyro's diagnostics of each chain, from the draws after warm-up."""
-        table = self.table()
-        asked = value_at(self.kernel.temperature, max(self.step - 1, 0))
-        result = []
-        for chain in range(self.chains):
-            start = self.stopped_at[chain]
-            diverging = [] if start is None else list(range(max(start - self.warmup_steps, 0), len(table)))
-            entry: dict[str, Any] = {"divergences": diverging, "temperature asked": asked}
-            for name in ("kinetic_temperature", "configurational_temperature"):
-                if name in self.stat_names and len(table):
-                    row = self.stat_names.index(name)
-                    kept = table[: diverging[0] if diverging else None, chain, row]
-                    entry[name.replace("_", " ")] = float(kept.double().mean())
-            result.append(entry)
-        return result
-
-    def sample_stats(self) -> dict[str, Tensor]:
-        """Statistics of the draws after warm-up: name -> ``(chains, draws)``."""
-        table = self.table()
-        draws = len(table)
-        stats = self.statistics.arrays(table)
-        steps = self._draw_steps
-        for name, setting in self.kernel.settings().items():
-            values = torch.tensor([value_at(setting, step) for step in steps], dtype=torch.float64)
-            stats[name] = values.expand(self.chains, draws).contiguous()
-        known = [self.kernel.stats_at(step) for step in steps]
-        for name in known[0] if known else ():
-            values = torch.tensor([one[name] for one in known], dtype=torch.float64)
-            stats[name] = values.expand(self.chains, draws).contiguous()
-        for setting in self.kernel.settings().values():
-            if isinstance(setting, Schedule) and setting.has_cycles:
-                position = torch.tensor([setting.cycle_position(step) for step in steps], dtype=torch.float64)
-                cycle = torch.tensor([setting.cycle(step) for step in steps], dtype=torch.int64)
-                stats["cycle_position"] = position.expand(self.chains, draws).contiguous()
-                stats["cycle"] = cycle.expand(self.chains, draws).contiguous()
-                break
-        for name, values in self._clock().items():
-            stats[name] = values.expand(self.chains, draws).contiguous()
-        if self.kernel.balances_norms:
-            doubles = {name: values.double().numpy() for name, values in stats.items()}
-            found = norm_rates(self.kernel, steps, self.potential.dim, doubles, doubles["temperature"])
-            stats.update({name: torch.from_numpy(values) for name, values in found.items()})
-        stats["diverging"] = torch.zeros(self.chains, draws, dtype=torch.bool)
-        for chain, entry in enumerate(self.chain_diagnostics()):
-            stats["diverging"][chain, entry["divergences"]] = True
-        return stats
-
-    def _clock(self) -> dict[str, Tensor]:
-        """The number of each draw's step, and the sum of the step sizes up to it."""
-        steps, size = torch.tensor(self._draw_steps, dtype=torch.int64), self.kernel.settings()["step_size"]
-        if isinstance(size, Schedule):
-            sizes = torch.tensor([size.value_at(step) for step in range(self.step)], dtype=torch.float64)
-            return {"step": steps, "time": sizes.cumsum(0)[steps]}
-        return {"step": steps, "time": (steps + 1).double() * size}
 
     # ---- the recorded step
 

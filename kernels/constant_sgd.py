@@ -97,6 +97,7 @@ class ConstantSGD(StochasticGradientKernel):
     """
 
     noises_per_step = 0
+    changing = ("_warmup", "_averaged_from")
     caveat = (
         "constant-step SGD has no noise but its minibatches': these are draws from the posterior only so far as it is "
         "Gaussian and their gradients' noise Gaussian, the same all over it, and {condition}. Compare with SGLD or "

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,6 +116,10 @@ class _KroneckerLearner(Learner):
         }
         self._means: dict[str, Tensor] = {}
         self._weight = 0.0
+
+    def made_anew(self) -> dict[str, Any]:
+        """The recorded model."""
+        return {"graph": self._graph, "capture": self._capture}
 
     def start(self) -> Metric:
         """The identity."""

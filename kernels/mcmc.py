@@ -1,17 +1,17 @@
 """The runner: ``pyro.infer.MCMC`` that moves all chains at once.
 
-The private names of Pyro's runner that this project needs stand in this file.
+The private names of Pyro's runner that this project needs stand in this file and in ``_parallel``.
 """
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro
-import torch
 from pyro import poutine
 from pyro.infer import MCMC as PyroMCMC
 from pyro.infer.mcmc.api import _UnarySampler
@@ -22,22 +22,21 @@ from tqdm.auto import tqdm
 
 from bnn.kernels._base import StochasticGradientKernel
 from bnn.kernels._clock import Clock
+from bnn.kernels._draws import STOPPED_IN_WARMUP, Draws, DrawsInMemory, gathered
 from bnn.kernels._parallel import ParallelSampler
 from bnn.kernels._ranks import sharing_of
+from bnn.kernels._stored_run import StoredRun, store_of
 from bnn.ranks import RankError
 from bnn.run_statistics import site_facts
 from bnn.sampling_cost import describe_efficiency
+from bnn.store import GROUPS, Store
+from bnn.stored_draws import Arrays, StoredGroup
 from bnn.temperature import describe_temperatures, verdict, wrong_temperature
 
 METHODS = ("vectorized", "sequential", "parallel")
 
 # Above this many numbers a site's effective sample sizes cost more than they say.
 LARGEST_DIAGNOSED_SITE = 2_000
-
-STOPPED_IN_WARMUP = (
-    "all chains left the finite numbers before their first draw: use a smaller step_size, standardise the data, or "
-    "give better initial_params."
-)
 
 
 class MCMC(PyroMCMC):
@@ -61,10 +60,13 @@ class MCMC(PyroMCMC):
     :param save_params: names of the sites to keep; all by default.
     :param chain_method: ``"vectorized"`` (all chains in one program; Pyro's own kernels run sequentially),
         ``"sequential"``, or ``"parallel"`` (one process per chain).
-    :param ranks: under ``torchrun``, what its processes share out (:mod:`bnn.ranks`): ``"chains"``, of which every rank
-        holds all at the end, or the rows of the ``"data"``. Reproducible for as many ranks; with
-        ``chain_method="sequential"`` chains are the same on any number of them.
+    :param ranks: under ``torchrun``, what its processes share out, ``"chains"`` (every rank holds all of them at the
+        end) or the rows of the ``"data"``; not with a store yet. See :mod:`bnn.ranks`.
+    :param store: a path, or a :class:`bnn.Store` with more settings: draws go there, and memory holds one block of them.
+    :param resume: go on with a store that exists, bit for bit as if the run had never ended (on a CPU): after its end
+        (with a larger ``num_samples``), an interrupt, or a kill at any moment.
     :raises ValueError: for fewer than one draw or chain, an unknown ``chain_method``, or unknown ``save_params``.
+    :raises NotImplementedError: for a store with ``chain_method="parallel"`` or a kernel of Pyro's own.
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> from bnn.kernels import MCMC, SGLD
@@ -98,6 +100,8 @@ class MCMC(PyroMCMC):
         *,
         chain_method: str = "vectorized",
         ranks: str | None = None,
+        store: str | os.PathLike[str] | Store | None = None,
+        resume: bool = False,
     ) -> None:
         for name, value, least in (
             ("num_samples", num_samples, 1),
@@ -130,15 +134,18 @@ class MCMC(PyroMCMC):
         self._facts: dict[str, Any] = {}
         self._diagnostics = [None] * num_chains
         self._sample_stats: dict[str, Tensor] = {}
+        self._initial = initial_params
         if initial_params is not None:
             if num_chains > 1:
                 self._validate_initial_params(initial_params)
             else:
                 initial_params = {name: value.unsqueeze(0) for name, value in initial_params.items()}
-        self._initial = initial_params
+            self._initial = initial_params
         self._ours = isinstance(kernel, StochasticGradientKernel)
-        self._sharing, self._failure = sharing_of(ranks, self._ours, chain_method), None
+        self._sharing, self._failure = sharing_of(ranks, self._ours, chain_method, store is not None), None
         disable_progbar = self._disable_progbar = disable_progbar or not self._sharing.is_first
+        self.has_default_warmup = warmup_steps is None
+        self.store, self._resume = store_of(store, resume, self._ours and chain_method != "parallel"), resume
         settings = (kernel, num_samples, self.warmup_steps, num_chains)
         if chain_method == "parallel" and num_chains > 1:
             self.sampler = ParallelSampler(
@@ -170,21 +177,38 @@ class MCMC(PyroMCMC):
         with poutine.block(), pyro.validation_enabled(validate):
             width = self.num_chains if self.chain_method == "vectorized" else 1
             groups = [range(chain, chain + width) for chain in range(0, self.num_chains, width)]
-            self._run_groups(groups, args, kwargs)
+            if self.store is None:
+                self._run_groups(groups, args, kwargs)
+                return
+            stored = StoredRun(self, self.store, self._resume)
+            try:
+                self._run_groups(groups, args, kwargs, stored)
+            finally:
+                stored.close()
 
-    def _run_groups(self, groups: Sequence[range], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _run_groups(
+        self,
+        groups: Sequence[range],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        stored: StoredRun | None = None,
+    ) -> None:
         finished: list[Any] = []
+        asked = count = self.num_samples if stored is None else stored.kept
+        self._diagnostics = []
         self._facts = {"setup_time": 0.0, "warmup_time": 0.0, "sampling_time": 0.0, "gradient_evaluations": 0}
         self._failure = None
-        for group in self._sharing.start(groups):
+        for number, group in enumerate(self._sharing.start(groups)):
+            if stored is not None and not stored.before_setup(number, group):
+                continue  # these chains are whole
             try:
                 self._sharing.before(group)
-                draws = self._run_group(group, args, kwargs)
+                draws = self._run_group(group, args, kwargs, stored)
             except KeyboardInterrupt:
                 if not finished:
                     raise
                 break
-            if draws.interrupted and draws.count < self.num_samples and finished:
+            if draws.interrupted and draws.count < count and finished:
                 break  # interrupted: the finished chains are whole
             finished.append(draws)
             if draws.interrupted:
@@ -193,20 +217,15 @@ class MCMC(PyroMCMC):
             finished = self._sharing.gather(finished, self._facts)
         except RankError as error:
             self._failure = error
-        self.num_samples = min(draws.count for draws in finished)
-        count = self.num_samples
-        self._diagnostics = [entry for draws in finished for entry in draws.diagnostics]
+        self._diagnostics += [entry for draws in finished for entry in draws.diagnostics]
+        self.num_samples = count = min(draws.count for draws in finished)
         if all(len(entry["divergences"]) == count for entry in self._diagnostics):
             raise RuntimeError(STOPPED_IN_WARMUP)
-        values = [draws.values[:, :count] for draws in finished]
-        z = torch.cat(values) if len(values) > 1 else values[0]
         self.transforms = self.kernel.transforms if self.transforms is None else self.transforms
-        self._samples = {}
-        for name, (place, shape) in finished[0].places.items():
-            value = z[..., place].reshape(*z.shape[:2], *shape)
-            self._samples[name] = self.transforms[name].inv(value) if name in self.transforms else value
-        stats = [draws.stats for draws in finished]
-        self._sample_stats = {name: torch.cat([s[name][:, :count] for s in stats]) for name in stats[0]}
+        if stored is None:
+            self._samples, self._sample_stats = gathered(finished, count, self.transforms)
+        else:
+            self._samples, self._sample_stats = (StoredGroup(stored.options.path, group) for group in GROUPS)
         if len(self._diagnostics) < self.num_chains:
             warnings.warn(
                 f"interrupted: {len(self._diagnostics)} of {self.num_chains} chains are complete and kept.",
@@ -214,77 +233,87 @@ class MCMC(PyroMCMC):
                 stacklevel=4,
             )
             self.num_chains = len(self._diagnostics)
-        elif count < self._asked_samples:
+        elif count < asked:
             why = "interrupted" if finished[-1].interrupted else "all chains stopped"
-            warnings.warn(f"{why}: {count} of {self._asked_samples} draws are kept.", RuntimeWarning, stacklevel=4)
-        wrong = wrong_temperature({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim)
+            warnings.warn(f"{why}: {count} of {asked} draws are kept.", RuntimeWarning, stacklevel=4)
+        wrong = wrong_temperature(Arrays(self._sample_stats), dim=self._dim)
         if wrong:
             warnings.warn(wrong, RuntimeWarning, stacklevel=4)
         if self._failure is not None:
             raise self._failure
 
-    def _run_group(self, chains: range, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Draws:
+    def _run_group(
+        self, chains: range, args: tuple[Any, ...], kwargs: Mapping[str, Any], stored: StoredRun | None
+    ) -> Draws:
         kernel, warmup = self.kernel, self.warmup_steps
         kernel.num_chains, kernel.num_samples = len(chains), self.num_samples
         kernel.ranks = self._sharing.for_kernel
         label = "" if len(chains) == self.num_chains else f" [{chains[0]}]"
         initial = self._initial
-        kernel.initial_params = (
-            None if initial is None else {n: v[chains.start : chains.stop] for n, v in initial.items()}
-        )
+        kernel.initial_params = initial and {n: v[chains.start : chains.stop] for n, v in initial.items()}
         start = time.perf_counter()
         try:
             kernel.setup(warmup, *args, **kwargs)
             self._facts["setup_time"] += time.perf_counter() - start
             self._facts.update(site_facts(kernel.potential.sites))
-            draws = _Draws(kernel, len(chains), self.num_samples, self._save)
             self._dim = kernel.potential.dim
-            with tqdm(total=warmup + self.num_samples, disable=self._disable_progbar, desc="Warmup" + label) as bar:
+            if stored is None:
+                draws: Draws = DrawsInMemory(kernel, len(chains), self.num_samples, self._save)
+            else:
+                draws = stored.draws(chains)
+            total = warmup + self.num_samples
+            with (
+                draws.signals(),
+                tqdm(total=total, initial=draws.done, disable=self._disable_progbar, desc="Warmup" + label) as bar,
+            ):
                 try:
                     self._draw(draws, bar, label)
-                except (KeyboardInterrupt, RankError) as stop:
-                    if not draws.count:
+                except BaseException as error:
+                    draws.stop()
+                    if not isinstance(error, (KeyboardInterrupt, RankError)) or not draws.count:
                         raise
                     draws.interrupted = True
-                    self._failure = stop if isinstance(stop, RankError) else None
+                    self._failure = error if isinstance(error, RankError) else None
             draws.finish()
             return draws
         finally:
             kernel.cleanup()
             kernel.num_chains = kernel.num_samples = kernel.ranks = None
 
-    def _draw(self, draws: _Draws, bar: Any, label: str) -> None:
-        kernel, hook, shown = self.kernel, self._hook, 0.0
+    def _draw(self, draws: Draws, bar: Any, label: str) -> None:
+        kernel, hook, shown, says_warmup = self.kernel, self._hook, 0.0, True
         clock = Clock(self._facts, kernel)
-        for i in range(self.warmup_steps + self.num_samples):
-            if i == self.warmup_steps:
+        if draws.done and not self._disable_progbar:
+            bar.write(f"Goes on after {draws.done} draws, warm-up included.")
+        for i in range(draws.done, self.warmup_steps + self.num_samples):
+            warm = i < self.warmup_steps
+            # A chain that runs alone repeats its last finite state to the end, as it does beside others.
+            if kernel.any_stopped and kernel.all_stopped and draws.chains == self.num_chains:
+                if i <= self.warmup_steps:
+                    raise RuntimeError(STOPPED_IN_WARMUP)
+                break
+            if not warm and says_warmup:
+                says_warmup = False
                 bar.set_description("Sample" + label, refresh=False)
                 if kernel.warmup_report and not self._disable_progbar:
                     bar.write(f"Warm-up chose {kernel.warmup_report}.")
+            draws.moving = True
             kernel.advance()
-            clock.tick(i < self.warmup_steps)
+            clock.tick(warm)
             self._sharing.after_draw(kernel, i)
-            if i >= self.warmup_steps:
+            if not warm:
                 draws.add(kernel.position)
+            draws.done, draws.moving = i + 1, False
             if hook is not None:
-                warm = i < self.warmup_steps
-                hook(
-                    kernel,
-                    kernel.initial_params,
-                    "Warmup" if warm else "Sample",
-                    i - (0 if warm else self.warmup_steps),
-                )
+                stage = "Warmup" if warm else "Sample"
+                hook(kernel, kernel.initial_params, stage, i - (0 if warm else self.warmup_steps))
+            draws.pause()
             if not self._disable_progbar:
                 now = time.monotonic()
                 if now - shown > 0.5:
                     bar.set_postfix(kernel.logging(), refresh=False)
                     shown = now
                 bar.update()
-            # A chain that runs alone repeats its last finite state to the end, as it does beside others.
-            if kernel.any_stopped and kernel.all_stopped and len(draws.values) == self.num_chains:
-                if i < self.warmup_steps:
-                    raise RuntimeError(STOPPED_IN_WARMUP)
-                break
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
         """The draws per site, as Pyro returns them.
@@ -292,7 +321,7 @@ class MCMC(PyroMCMC):
         :raises RuntimeError: before ``run``.
         """
         self._check_run()
-        return super().get_samples(num_samples, group_by_chain)
+        return dict(super().get_samples(num_samples, group_by_chain))
 
     @property
     def sample_stats(self) -> dict[str, Tensor]:
@@ -325,7 +354,7 @@ class MCMC(PyroMCMC):
         if small:
             print_summary(small, prob=prob)
         for name in sorted(set(self._samples) - set(small)):
-            print(f"{name}: {self._samples[name][0, 0].numel()} numbers, not listed")
+            print(f"{name}: {self._site_sizes()[name]} numbers, not listed")
         if self._sample_stats:
             print(self.temperature_report())
             print(f"Verdict: {self.temperature_verdict()}")
@@ -342,7 +371,7 @@ class MCMC(PyroMCMC):
         """
         if not self.sample_stats:
             raise RuntimeError("there are no statistics to measure a temperature by: the kernel is not one of bnn's.")
-        return describe_temperatures({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim)
+        return describe_temperatures(Arrays(self._sample_stats), dim=self._dim)
 
     def temperature_verdict(self) -> str:
         """In words: whether the chains sampled at the temperature asked for, and the likeliest cause if not.
@@ -352,49 +381,20 @@ class MCMC(PyroMCMC):
         if not self.sample_stats:
             raise RuntimeError("there are no statistics to measure a temperature by: the kernel is not one of bnn's.")
         sizes = dict(zip(self._facts["site_name"], self._facts["site_size"], strict=True))
-        found = verdict({n: v.numpy() for n, v in self._sample_stats.items()}, dim=self._dim, sites=sizes)
+        found = verdict(Arrays(self._sample_stats), dim=self._dim, sites=sizes)
         return f"{found} But {self.kernel.caveat}." if self.kernel.caveat else found
 
     def _small_sites(self) -> dict[str, Tensor]:
         """Draws of the sites whose effective sample sizes are worth their cost, none for fewer than four draws."""
         if self.num_samples < 4:
             return {}
-        return {n: v for n, v in self._samples.items() if v[0, 0].numel() <= LARGEST_DIAGNOSED_SITE}
+        return {n: self._samples[n] for n, size in self._site_sizes().items() if size <= LARGEST_DIAGNOSED_SITE}
+
+    def _site_sizes(self) -> dict[str, int]:
+        if isinstance(self._samples, StoredGroup):
+            return self._samples.sizes
+        return {name: value[0, 0].numel() for name, value in self._samples.items()}
 
     def _check_run(self) -> None:
         if self._samples is None:
             raise RuntimeError("there are no draws yet: call run(...) first.")
-
-
-class _Draws:
-    """Draws of a group of chains in one array that is allocated before the run."""
-
-    def __init__(
-        self, kernel: StochasticGradientKernel, chains: int, num_samples: int, save: Sequence[str] | None
-    ) -> None:
-        potential = kernel.potential
-        unknown = sorted(set(save or ()) - set(potential.sites))
-        if unknown:
-            raise ValueError(f"save_params names {unknown}; the model's latent sites are {list(potential.sites)}.")
-        sites = [potential.sites[name] for name in (save if save is not None else potential.sites)]
-        self.kernel, self.count, self.interrupted = kernel, 0, False
-        self.places: dict[str, tuple[slice, torch.Size]] = {}
-        offset = 0
-        for site in sites:
-            size = site.shape.numel()
-            self.places[site.name] = slice(offset, offset + size), site.shape
-            offset += size
-        self.pieces = None if save is None else [site.slice for site in sites]
-        self.values = torch.empty(chains, num_samples, offset, dtype=potential.dtype, device=potential.device)
-
-    def add(self, position: Tensor) -> None:
-        if self.pieces is not None:
-            position = torch.cat([position[:, piece] for piece in self.pieces], -1)
-        self.values[:, self.count] = position
-        self.count += 1
-
-    def finish(self) -> None:
-        self.diagnostics = self.kernel.chain_diagnostics()
-        for entry in self.diagnostics:  # an interrupt may fall between a step and its draw
-            entry["divergences"] = [draw for draw in entry["divergences"] if draw < self.count]
-        self.stats = self.kernel.sample_stats()

@@ -46,6 +46,10 @@ class Learner(ABC):
         self.potential = potential
         self.like = torch.zeros(potential.dim, dtype=potential.dtype, device=potential.device)
 
+    def made_anew(self) -> dict[str, Any]:
+        """What it holds that is no part of its state, but made out of the model, by name."""
+        return {}
+
     @abstractmethod
     def start(self) -> Metric:
         """The metric before anything is known, in the form that it will keep."""

@@ -15,6 +15,7 @@ WRITES = {
     "cold_posterior.py": ["cold_posterior.png"],
     "digits.py": ["digits.html", "digits.nc", "digits.png"],
     "gap_regression.py": ["gap_regression.png"],
+    "long_run.py": ["long_run.zarr/zarr.json"],
     "loss_landscape.py": ["loss_landscape.png"],
     "multimodal.py": ["multimodal.png"],
     "quickstart.py": ["quickstart.html", "quickstart.nc", "quickstart.png"],
@@ -99,6 +100,19 @@ def test_quickstart_prints_the_comparison(quick):
     idata = az.from_netcdf(folder / "quickstart.nc")
     assert idata.posterior.sizes["chain"] == 8
     assert {"log_likelihood", "sample_stats", "observed_data"} <= set(idata.groups())
+
+
+@pytest.mark.slow
+def test_a_long_run_is_killed_and_goes_on(quick, tmp_path):
+    """SIGKILL at some moment of the run; the next one says where it goes on."""
+    for seconds in ("8", "16", "32", "64"):
+        killed = run("long_run.py", "--quick", "--fresh", "--kill-after", seconds, cwd=tmp_path)
+        if (tmp_path / "long_run.zarr").exists():
+            break
+    assert "Starts long_run.zarr, with seed 0." in killed.stdout
+    done, _ = quick("long_run.py")
+    assert re.search(r"^Resumes long_run\.zarr: \d+ of 300 draws", done.stdout, re.M)
+    assert "1200 draws of the net" in done.stdout
 
 
 @pytest.mark.slow

@@ -99,3 +99,13 @@ def test_timing_leaves_the_random_numbers_alone():
     after = torch.rand(3)
     torch.manual_seed(4)
     torch.testing.assert_close(after, torch.rand(3), rtol=0, atol=0)
+
+
+def test_what_was_decided_is_kept_to(graph, monkeypatch):
+    """A run that is resumed takes the tier that it began with, however long it is to be now."""
+    monkeypatch.setattr(tiers, "run_inductor", lambda *_: pytest.fail("compiled"))
+    seconds(monkeypatch, fx=1e-3, inductor=1e-4)
+    decided: dict[str, str] = {}
+    assert tiers.choose(graph, [X], "auto", 3, decided).tier == "fx"
+    assert list(decided.values()) == ["fx"]
+    assert tiers.choose(graph, [X], "auto", 10**9, decided).tier == "fx"

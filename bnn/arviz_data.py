@@ -98,9 +98,9 @@ def to_arviz(
     if isinstance(posterior, (str, os.PathLike)):
         from bnn.stored_draws import as_arviz
 
-        given = [log_likelihood, observed_data, constant_data, predictions, predictions_constant_data, prior, batches]
+        asked = [log_likelihood, observed_data, constant_data, predictions, predictions_constant_data, prior, batches]
         made = [posterior_predictive, function_space, model_args, model_kwargs, coords, dims, pred_dims]
-        if any(one not in (None, False) for one in given) or any(made):
+        if any(one not in (None, False) for one in asked) or any(made):
             raise ValueError(
                 "a store holds draws and their statistics, and knows neither model nor data: give thin= alone. "
                 "Predictions of its draws are in bnn.predict(path, x, model=model)."

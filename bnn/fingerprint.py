@@ -107,4 +107,4 @@ def _checksum(tensor: Tensor) -> int:
     flat = flat[:: -(-flat.numel() // NUMBERS)] if flat.numel() > NUMBERS else flat
     if not flat.numel():
         return 0
-    return zlib.crc32(flat.cpu().contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(flat.cpu().contiguous().view(torch.uint8).numpy().data)

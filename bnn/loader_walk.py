@@ -113,5 +113,5 @@ def _checksum(item: Any) -> int:
     for leaf in pytree.tree_leaves(item):
         if isinstance(leaf, Tensor) and leaf.numel():
             data = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            result = zlib.crc32(data.numpy(), result)
+            result = zlib.crc32(data.numpy().data, result)
     return result

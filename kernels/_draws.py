@@ -13,6 +13,11 @@ from torch import Tensor
 from bnn.kernels._base import StochasticGradientKernel
 from bnn.structure import Site
 
+STOPPED_IN_WARMUP = (
+    "all chains left the finite numbers before their first draw: use a smaller step_size, standardise the data, or "
+    "give better initial_params."
+)
+
 
 class Draws(ABC):
     """Takes in draws.

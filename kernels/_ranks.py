@@ -118,11 +118,11 @@ class DataOverRanks(_OverRanks):
             self.ranks.check_same([kernel.position], "the states of the chains")
 
 
-def sharing_of(ranks: str | None, ours: bool, chain_method: str) -> Sharing:
+def sharing_of(ranks: str | None, ours: bool, chain_method: str, has_store: bool = False) -> Sharing:
     """What ``MCMC(ranks=...)`` asks for.
 
     :raises ValueError: for a word that is none of these, or ``chain_method="parallel"``.
-    :raises NotImplementedError: for a kernel of Pyro's.
+    :raises NotImplementedError: for a kernel of Pyro's, or with a store.
     """
     if ranks is None:
         return Sharing()
@@ -132,4 +132,9 @@ def sharing_of(ranks: str | None, ours: bool, chain_method: str) -> Sharing:
         raise ValueError("chain_method='parallel' starts processes of its own: use 'vectorized' with ranks=.")
     if not ours:
         raise NotImplementedError("ranks= is for the kernels of bnn.kernels: leave it out for those of Pyro.")
+    if has_store:
+        raise NotImplementedError(
+            "store= is not served with ranks= yet: run each rank's chains by themselves, store=f'run-{rank}.zarr' and "
+            "resume=True without ranks=, and join them with arviz.concat; or leave store= out."
+        )
     return ChainsOverRanks() if ranks == "chains" else DataOverRanks()

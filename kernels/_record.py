@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,7 +85,7 @@ class Record:
         draws = len(table)
         stats = run.statistics.arrays(table)
 
-        def add(name: str, values: list[float] | np.ndarray[Any, Any], dtype: torch.dtype = torch.float64) -> None:
+        def add(name: str, values: Sequence[float] | np.ndarray[Any, Any], dtype: torch.dtype = torch.float64) -> None:
             stats[name] = torch.as_tensor(values, dtype=dtype).expand(run.chains, draws).contiguous()
 
         for name, setting in kernel.settings().items():

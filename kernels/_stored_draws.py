@@ -192,9 +192,9 @@ class StoredDraws(Draws):
             self.signal = number
 
         if threading.current_thread() is threading.main_thread():
-            for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-                if signal.getsignal(number) == default:  # not one of the user's own
-                    before[number] = signal.signal(number, note)
+            for one, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+                if signal.getsignal(one) == default:  # not one of the user's own
+                    before[one] = signal.signal(one, note)
         try:
             yield
         finally:

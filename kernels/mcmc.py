@@ -62,7 +62,7 @@ class MCMC(PyroMCMC):
         ``"sequential"``, or ``"parallel"`` (one process per chain).
     :param ranks: under ``torchrun``, what its processes share out, ``"chains"`` (every rank holds all of them at the
         end) or the rows of the ``"data"``; not with a store yet. See :mod:`bnn.ranks`.
-    :param store: a path, or a :class:`bnn.Store` with more settings: draws go there, and memory holds one block of them.
+    :param store: a path, or a :class:`bnn.Store` with more settings: draws go there; memory holds one block of them.
     :param resume: go on with a store that exists, bit for bit as if the run had never ended (on a CPU): after its end
         (with a larger ``num_samples``), an interrupt, or a kill at any moment.
     :raises ValueError: for fewer than one draw or chain, an unknown ``chain_method``, or unknown ``save_params``.
@@ -133,7 +133,7 @@ class MCMC(PyroMCMC):
         self._dim = 0
         self._facts: dict[str, Any] = {}
         self._diagnostics = [None] * num_chains
-        self._sample_stats: dict[str, Tensor] = {}
+        self._sample_stats: Any = {}
         self._initial = initial_params
         if initial_params is not None:
             if num_chains > 1:

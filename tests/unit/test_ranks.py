@@ -207,6 +207,8 @@ def test_settings():
         MCMC(SGLD(model, step_size=0.1), 10, num_chains=2, chain_method="parallel", ranks="chains")
     with pytest.raises(NotImplementedError, match="ranks= is for the kernels of bnn.kernels"):
         MCMC(NUTS(model), 10, ranks="chains")
+    with pytest.raises(NotImplementedError, match="store= is not served with ranks= yet"):
+        MCMC(SGLD(model, step_size=0.1), 10, ranks="chains", store="run.zarr")
     with pytest.raises(ValueError, match="ranks='chains' is unknown: give 'data' or None"):
         TraceNaturalGradient_ELBO(ranks="chains")
     assert torch.distributed.is_available()

@@ -25,6 +25,9 @@ TRIES = 100
 # Draws whose median a bounded number starts at.
 MEDIAN_OF = 15
 
+# And how far out, in unconstrained space, it may be: beyond, most draws are zeros but for rounding.
+FARTHEST = 20.0
+
 Strategy = Callable[[Any], Tensor]
 
 
@@ -51,7 +54,9 @@ def init_to_fan_in(site: Any) -> Tensor:
     fn = site["fn"]
     if _is_bounded(fn) and type(fn).__name__ != "ImproperUniform":
         with torch.no_grad():
-            return torch.as_tensor(fn.sample((MEDIAN_OF,)).median(0).values)
+            median = torch.as_tensor(fn.sample((MEDIAN_OF,)).median(0).values)
+        if (biject_to(fn.support).inv(median).abs() < FARTHEST).all():
+            return median
     value = init_to_prior(site)
     if value.dim() < 2 or not _is_real(fn):
         return value
@@ -79,7 +84,7 @@ def _is_real(fn: Any) -> bool:
 
 def _is_bounded(fn: Any) -> bool:
     """Whether the support is, number by number, a part of the real line."""
-    return _base_transform(fn).domain.event_dim == 0 and not _is_real(fn)
+    return not fn.support.is_discrete and _base_transform(fn).domain.event_dim == 0 and not _is_real(fn)
 
 
 _BY_NAME: dict[str, Strategy] = {

@@ -124,7 +124,10 @@ def read_root(path: str | os.PathLike[str]) -> dict[str, Any]:
         root: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         known = root["attributes"]["pyro_bnn_store"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} holds no draws that bnn.kernels.MCMC(..., store=...) wrote.") from None
+        raise ValueError(
+            f"{path} holds no draws that bnn.kernels.MCMC(..., store=...) wrote; read a "
+            "file of ArviZ's with arviz.from_netcdf."
+        ) from None
     if known > FORMAT:
         raise RuntimeError(
             f"{path} was written by a newer version of pyro-bnn (format {known}, known up to {FORMAT}): update the "

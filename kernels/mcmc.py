@@ -195,9 +195,8 @@ class MCMC(PyroMCMC):
     ) -> None:
         finished: list[Any] = []
         asked = count = self.num_samples if stored is None else stored.kept
-        self._diagnostics = []
+        self._diagnostics, self._failure = [], None
         self._facts = {"setup_time": 0.0, "warmup_time": 0.0, "sampling_time": 0.0, "gradient_evaluations": 0}
-        self._failure = None
         for number, group in enumerate(self._sharing.start(groups)):
             if stored is not None and not stored.before_setup(number, group):
                 continue  # these chains are whole
@@ -211,13 +210,15 @@ class MCMC(PyroMCMC):
             if draws.interrupted and draws.count < count and finished:
                 break  # interrupted: the finished chains are whole
             finished.append(draws)
+            self._diagnostics += draws.diagnostics
             if draws.interrupted:
                 break
         try:
             finished = self._sharing.gather(finished, self._facts)
         except RankError as error:
             self._failure = error
-        self._diagnostics += [entry for draws in finished for entry in draws.diagnostics]
+        if stored is None:  # else there may be chains that were whole before
+            self._diagnostics = [entry for draws in finished for entry in draws.diagnostics]
         self.num_samples = count = min(draws.count for draws in finished)
         if all(len(entry["divergences"]) == count for entry in self._diagnostics):
             raise RuntimeError(STOPPED_IN_WARMUP)
@@ -246,15 +247,14 @@ class MCMC(PyroMCMC):
         self, chains: range, args: tuple[Any, ...], kwargs: Mapping[str, Any], stored: StoredRun | None
     ) -> Draws:
         kernel, warmup = self.kernel, self.warmup_steps
-        kernel.num_chains, kernel.num_samples = len(chains), self.num_samples
-        kernel.ranks = self._sharing.for_kernel
+        kernel.num_chains, kernel.num_samples, kernel.ranks = len(chains), self.num_samples, self._sharing.for_kernel
         label = "" if len(chains) == self.num_chains else f" [{chains[0]}]"
-        initial = self._initial
-        kernel.initial_params = initial and {n: v[chains.start : chains.stop] for n, v in initial.items()}
-        start = time.perf_counter()
+        start, stop, given = chains.start, chains.stop, self._initial
+        kernel.initial_params = given and {name: value[start:stop] for name, value in given.items()}
+        started = time.perf_counter()
         try:
             kernel.setup(warmup, *args, **kwargs)
-            self._facts["setup_time"] += time.perf_counter() - start
+            self._facts["setup_time"] += time.perf_counter() - started
             self._facts.update(site_facts(kernel.potential.sites))
             self._dim = kernel.potential.dim
             if stored is None:

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # Example -> files that it writes.
 WRITES = {
     "cold_posterior.py": ["cold_posterior.png"],
+    "compare_posteriors.py": ["compare_posteriors.png"],
     "digits.py": ["digits.html", "digits.nc", "digits.png"],
     "gap_regression.py": ["gap_regression.png"],
     "long_run.py": ["long_run.zarr/zarr.json"],
@@ -55,11 +56,14 @@ def quick(tmp_path):
 
 # Those not named here have a test of their own.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits.py", "gap_regression.py", "multimodal.py", "uci_regression.py"])
+@pytest.mark.parametrize(
+    "name", ["compare_posteriors.py", "digits.py", "gap_regression.py", "multimodal.py", "uci_regression.py"]
+)
 def test_quick(name, quick):
     quick(name)
 
 
+@pytest.mark.slow
 def test_a_small_momentum_scale_is_a_cold_posterior(quick):
     """At T = 1 the norm bursts to its equipartition value; β = 0.001 holds it where T = 0.08 does, and says so."""
     done, _ = quick("cold_posterior.py")

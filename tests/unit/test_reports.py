@@ -282,7 +282,7 @@ def test_the_template_is_installed():
 
 @pytest.mark.parametrize("given", [{"w": np.ones((4, 5))}, "run.nc", None, az.convert_to_dataset(np.ones((4, 5)))])
 def test_what_is_not_data_of_arviz_is_refused(given):
-    with pytest.raises(ValueError, match=r"give ArviZ data: what bnn\.to_arviz makes.*arviz\.from_netcdf"):
+    with pytest.raises(ValueError, match=r"arviz\.from_netcdf"):
         report(given)
 
 

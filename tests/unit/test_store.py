@@ -172,7 +172,9 @@ def test_resume_without_a_store_starts(tmp_path):
     stored.assert_same(ran(tmp_path / "a"), ran(tmp_path / "b", resume=True))
 
 
-def test_ctrl_c_keeps_all_draws(tmp_path):
+def test_ctrl_c_keeps_all_draws(tmp_path, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background may ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     whole = ran(tmp_path / "whole")
 
     def hook(kernel, params, stage, i):

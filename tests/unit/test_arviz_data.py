@@ -79,7 +79,7 @@ def test_every_group_of_a_run(batch_size: int | None) -> None:
     assert attrs["inference_library_version"] and attrs["tuning_steps"] == 5
 
 
-@pytest.mark.parametrize("chain_method", ["vectorized", "sequential"])
+@pytest.mark.parametrize("chain_method", ["vectorized", pytest.param("sequential", marks=pytest.mark.slow)])
 def test_net_runs_through_arviz(chain_method: str, tmp_path: Any) -> None:
     model, args, _ = pyro_module_mlp()
     mcmc = ran(SGLD(model, step_size=1e-3), *args, chains=3, draws=40, chain_method=chain_method)

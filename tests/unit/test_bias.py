@@ -115,7 +115,11 @@ def test_noise_is_found(law):
     assert h == pytest.approx(wanted, rel=4 * (2 / 160_000) ** 0.5)
 
 
-@pytest.mark.parametrize("build", [SGLD, lambda *a, **o: SGHMC(*a, friction=20.0, **o)], ids=["sgld", "sghmc"])
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(SGLD, marks=pytest.mark.slow), lambda *a, **o: SGHMC(*a, friction=20.0, **o)],
+    ids=["sgld", "sghmc"],
+)
 def test_chains_arrive_from_far_away(build):
     """Minibatches of regression, whose noise far from the posterior is 10⁴ times that in it."""
     torch.manual_seed(0)

@@ -43,6 +43,7 @@ def test_sgld_is_a_special_case_bit_for_bit_up_to_rounding():
     torch.testing.assert_close(*draws)
 
 
+@pytest.mark.slow
 def test_sghmc_has_the_exact_law_of_its_euler_scheme():
     """Both updates from the old state: with c = 1 − hC and H = h²k, hotter than T by O(h)."""
     temperature = 0.3
@@ -94,7 +95,7 @@ def student(like: torch.Tensor) -> None:
     pyro.sample("z", dist.StudentT(torch.tensor(5.0, dtype=like.dtype), 0.0, 1.0))
 
 
-@pytest.mark.parametrize("as_matrix", [False, True])
+@pytest.mark.parametrize("as_matrix", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_diffusion_that_depends_on_the_position_keeps_the_law(as_matrix, monkeypatch):
     """From exact draws of Student's t: with Γ they stay in it; without, they visibly do not."""
     n, nu = 100_000, 5.0

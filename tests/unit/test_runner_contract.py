@@ -4,7 +4,7 @@ import copy
 import json
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import arviz as az
@@ -38,12 +38,21 @@ def ours(chain_method: str) -> Callable[..., MCMC]:
     return build
 
 
-RUNNERS = [
-    pytest.param(stock, id="pyro"),
-    pytest.param(ours("vectorized"), id="vectorized"),
-]
+RUNNERS = {"pyro": stock, "vectorized": ours("vectorized")}
 every_kernel = pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
-every_runner = pytest.mark.parametrize("runner", RUNNERS)
+
+
+def _rows() -> Iterator[Any]:
+    """Every kernel under every runner; under Pyro's, which moves chain after chain, a row of each class by default."""
+    classes = set()
+    for case in KERNELS:
+        for name, runner in RUNNERS.items():
+            is_further = name == "pyro" and case.kernel in classes
+            yield pytest.param(case, runner, id=f"{case.name}-{name}", marks=[pytest.mark.slow] if is_further else [])
+        classes.add(case.kernel)
+
+
+every_kernel_and_runner = pytest.mark.parametrize(("case", "runner"), list(_rows()))
 
 
 def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -59,8 +68,7 @@ def assert_arviz_reads(mcmc: PyroMCMC) -> None:
             assert (idata.posterior[name].values == value.numpy()).all()
 
 
-@every_runner
-@every_kernel
+@every_kernel_and_runner
 def test_draws(case, runner):
     """Shapes, precision, constrained values; the same seed and an unpickled kernel give the same bits; ArviZ."""
     data, kernel, results = targets.regression_data(torch.float64), case.build(targets.regression), []
@@ -81,8 +89,7 @@ def test_draws(case, runner):
     pickle.loads(pickle.dumps(kernel))  # after a run, too
 
 
-@every_runner
-@every_kernel
+@every_kernel_and_runner
 def test_each_chain_starts_where_it_is_told(case, runner):
     """A step that moves by next to nothing from far-apart starts; the positive site is given unconstrained."""
     initial = {
@@ -97,8 +104,7 @@ def test_each_chain_starts_where_it_is_told(case, runner):
     torch.testing.assert_close(first["a_scale"], initial["a_scale"].exp(), atol=1e-4, rtol=0)
 
 
-@every_runner
-@every_kernel
+@every_kernel_and_runner
 def test_hook_logging_and_copies_in_mid_run(case, runner):
     """The hook sees every step; at each one the kernel logs JSON, and can be copied and pickled."""
     seen = []

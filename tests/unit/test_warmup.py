@@ -156,6 +156,7 @@ def test_bad_settings(kernel, settings, message):
         one.advance()
 
 
+@pytest.mark.slow
 def test_chains_in_processes_of_their_own():
     """Where Pyro's runner sets up a kernel that it will not run, without a warm-up."""
     x, y = targets.regression_data()

@@ -35,12 +35,20 @@ import pyro
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class RankError(RuntimeError):
     """The ranks cannot go on together: one of them has ended, hangs, or holds another state."""
+
+
+def _init_process_group() -> None:
+    """As torch does by itself, but under keys of this attempt: a restart would find the addresses of the one before."""
+    store, rank, size = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=size)
 
 
 class Ranks:
@@ -62,7 +70,7 @@ class Ranks:
                     "set: start the script with torchrun --nproc-per-node=K script.py, call "
                     "torch.distributed.init_process_group first, or leave ranks= out."
                 )
-            dist.init_process_group()
+            _init_process_group()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._device = torch.device("cpu")
         if dist.get_backend() == "nccl":

@@ -139,17 +139,17 @@ def test_torchrun_restarts_from_the_checkpoint(tmp_path):
     """The second rank dies in the first attempt; the second one goes on to the end of the uninterrupted training."""
     script = tmp_path / "train.py"
     script.write_text(TRAINING)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     losses = {}
     for dies in ("never", "once"):
         folder = tmp_path / dies
         folder.mkdir()
         result = subprocess.run(
-            [*command, "--master-port=0", str(script), str(folder), dies],
+            [*command, "--max-restarts=1", str(script), str(folder), dies],
             env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=200,
         )
         assert result.returncode == 0, result.stderr[-3000:]
         losses[dies] = [float(line) for line in (folder / "losses.txt").read_text().split()]

@@ -328,8 +328,12 @@ class DrawStore:
         """Remove what ``chains`` have from draw number ``draws`` on in chunks of its own, and all of later chains."""
         for group, name, array in self._followed():
             for folder in Path(self.path, group, name, "c").glob("*"):
+                if int(folder.name) < chains.start:
+                    continue
+                for unfinished in list(folder.rglob("*.partial")):  # of a writer that was killed
+                    unfinished.unlink()
                 keep = 0 if int(folder.name) >= chains.stop else draws
-                for chunk in folder.iterdir() if int(folder.name) >= chains.start else ():
+                for chunk in folder.iterdir():
                     if int(chunk.name) * array.chunks[1] >= keep:
                         shutil.rmtree(chunk) if chunk.is_dir() else chunk.unlink()
 

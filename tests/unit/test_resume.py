@@ -184,6 +184,25 @@ def test_a_loader_of_no_fixed_order_is_said_to_be_inexact(tmp_path):
     assert mcmc.get_samples(group_by_chain=True)["weight"].shape == (2, 12, 3)
 
 
+def test_what_a_killed_writer_left_unfinished_is_removed(tmp_path):
+    """A chunk is written under another name first, in which a kill may leave it: beside chunks and deeper."""
+
+    def go(path, **options):
+        kernel = SGHMC(targets.regression, step_size=5e-3, friction=5.0, compile=TIER)
+        return stored.run(kernel, store(path), DATA, **options)
+
+    whole = go(tmp_path / "whole")
+    with pytest.raises(stored.Cut):
+        go(tmp_path / "cut", hook_fn=stored.cut_after(15))
+    chunks = [file for file in (tmp_path / "cut").rglob("c/*/**/0") if file.is_file()]
+    left = [file.with_name("0.0123456789abcdef.partial") for file in chunks]
+    for file in left:
+        file.write_bytes(b"torn")
+    assert len({len(file.parts) for file in left}) > 1
+    stored.assert_same(whole, go(tmp_path / "cut", resume=True))
+    assert not any(file.exists() for file in left)
+
+
 @pytest.mark.slow
 def test_fifty_kills(tmp_path):
     """SIGKILL at 50 random moments of one run, in set-up, warm-up and sampling: no draw is lost, doubled or changed."""

@@ -214,6 +214,7 @@ def same(first, second):
     return first == second
 
 
+@pytest.mark.slow
 def test_in_a_new_process(tmp_path):
     """All of the state is the same; sums of two processes may differ in the last bit, by where their memory lies."""
     first, second = tmp_path / "first.pt", tmp_path / "second.pt"

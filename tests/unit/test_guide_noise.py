@@ -131,7 +131,7 @@ def test_each_datum_gets_the_law_of_noisy_weights(make: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("make", GUIDES)
-@pytest.mark.parametrize("model", [linear, two_layers])
+@pytest.mark.parametrize("model", [pytest.param(linear, marks=pytest.mark.slow), two_layers])
 def test_shared_noise_is_that_of_the_weights(
     make: Any, model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +149,7 @@ def test_shared_noise_is_that_of_the_weights(
             torch.testing.assert_close(first[name], second[name], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("noise", ["flipout", "local"])
+@pytest.mark.parametrize("noise", ["flipout", pytest.param("local", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", GUIDES)
 def test_expected_loss_and_gradients_are_those_of_noisy_weights(make: Any, noise: str) -> None:
     """False alarm per comparison 6e-7 by the normal law; a few hundred comparisons."""

@@ -40,7 +40,7 @@ def ran(kernel, draws, chains, warmup=0, start=None, seed=1):
     return mcmc
 
 
-@pytest.mark.parametrize("resampling", [None, 2])
+@pytest.mark.parametrize("resampling", [None, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("integrator", INTEGRATORS)
 def test_balance_of_a_long_step_far_from_equilibrium(integrator, resampling):
     """400 chains that fall from afar: |z|² to rounding, the others within their errors; not so by the SDE."""

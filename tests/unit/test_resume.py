@@ -115,7 +115,7 @@ def test_the_kronecker_metric(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["vectorized", "sequential"])
-@pytest.mark.parametrize("thinning", [1, 3])
+@pytest.mark.parametrize("thinning", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_chain_methods_and_thinning(method, thinning, tmp_path):
     def build():
         return SGHMC(targets.regression, step_size=5e-3, friction=5.0, compile=TIER)

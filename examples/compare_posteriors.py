@@ -5,7 +5,7 @@ likelihood for all. Hamiltonian Monte Carlo, run longer than the others, is the 
 passes over the data that its gradients cost, scores on held-out rows, the temperature that was measured, and how far
 its predictions are from the reference's: Wasserstein's distance of the predictive laws in standard deviations, or the
 total variation of the probabilities and the part of labels that agree. Calibration is what the 90 % interval's coverage
-is off by, or the expected calibration error. Writes compare_posteriors.png. Takes about four minutes on two cores.
+is off by, or the expected calibration error. Writes compare_posteriors.png. Takes about four minutes on one core.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def ensemble(problem, members=10, **settings):
 
 def stein(problem, particles=20):
     loss = partial(TraceEnsemble_ELBO, repulsion=SteinRepulsion())
-    return trained(problem, partial(AutoEnsemble, members=particles), loss, adam, 1000, particles)
+    return trained(problem, partial(AutoEnsemble, members=particles), loss, adam, 500, particles)
 
 
 def swag(problem, members=1):
@@ -308,7 +308,7 @@ def draw(axes, problem, rows):
         shown = rows if key == "nll" else rows[1:]
         places = [-rows.index(row) for row in shown]
         values = [getattr(row, key) for row in shown]
-        axis.hlines(places, min(values), values, color="0.8", linewidth=1)
+        axis.hlines(places, rows[0].nll if key == "nll" else 0.0, values, color="0.8", linewidth=1)
         axis.plot(values, places, "o", color="C0")
         axis.axvline(rows[0].nll, color="C1", linewidth=1) if key == "nll" else axis.set_xlim(left=0.0)
         axis.set_yticks([-number for number in range(len(rows))], [row.name for row in rows])

@@ -238,11 +238,12 @@ def predictive(problem, posterior):
     x = problem.test[0]
     if hasattr(posterior, "__self__"):  # the method of a linearised model
         return posterior(x)
-    return bnn.predict(posterior, x, model=problem.model(), num_samples=None if _has_few(posterior) else 1000)
+    return bnn.predict(posterior, x, model=problem.model(), num_samples=draws_of(problem, posterior))
 
 
-def _has_few(posterior):
-    return getattr(posterior, "default_draws", 1000) < 1000
+def draws_of(problem, posterior):
+    """How many draws are averaged: of an ensemble each member once."""
+    return None if getattr(posterior, "default_draws", 1000) < 1000 else max(100, problem.times(1000))
 
 
 def scores_of(problem, posterior, prediction):
@@ -251,7 +252,7 @@ def scores_of(problem, posterior, prediction):
         if prediction.probabilities is None:
             return bnn.gaussian_scores(prediction.mean, prediction.sd, y)
         return bnn.classification_scores(prediction.probabilities, y)
-    return bnn.score(posterior, x, y, model=problem.model(), num_samples=None if _has_few(posterior) else 1000)
+    return bnn.score(posterior, x, y, model=problem.model(), num_samples=draws_of(problem, posterior))
 
 
 def distances(prediction, reference):

@@ -5,7 +5,7 @@ likelihood for all. Hamiltonian Monte Carlo, run longer than the others, is the 
 passes over the data that its gradients cost, scores on held-out rows, the temperature that was measured, and how far
 its predictions are from the reference's: Wasserstein's distance of the predictive laws in standard deviations, or the
 total variation of the probabilities and the part of labels that agree. Calibration is what the 90 % interval's coverage
-is off by, or the expected calibration error. Writes compare_posteriors.png. Takes about four minutes on one core.
+is off by, or the expected calibration error. Writes compare_posteriors.png. Takes under five minutes on one core.
 """
 
 import argparse

@@ -88,6 +88,14 @@ class AutoEnsemble(FlatGuide):
         if self.anchored:
             self.register_buffer("anchors", self._drawn_anchors())
 
+    def _point_to_collect(self) -> Tensor:
+        """The members' present positions, for guides that collect them in training."""
+        self._needs_setup("collect")
+        point = self.positions.detach()
+        if not torch.isfinite(point).all():
+            raise RuntimeError("the members are not all finite: lower the learning rate; nothing was collected.")
+        return point
+
     def _reset(self, start: Tensor) -> None:
         """Write fresh parameters of the net into a flat position."""
         net = copy.deepcopy(self.model.net)

@@ -90,10 +90,7 @@ class AutoSWAG(AutoEnsemble):
 
         :raises RuntimeError: before the first step, or at points that are not finite.
         """
-        self._needs_setup("collect")
-        point = self.positions.detach()
-        if not torch.isfinite(point).all():
-            raise RuntimeError("the members are not all finite: lower the learning rate; nothing was collected.")
+        point = self._point_to_collect()
         self.collected += 1
         before = point - self.mean
         self.mean += before / self.collected

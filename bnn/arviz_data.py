@@ -324,6 +324,8 @@ def attributes_of(posterior: Any, thin: int) -> dict[str, Any]:
     if hasattr(kernel, "temperature"):
         number = isinstance(kernel.temperature, (int, float))
         attrs["temperature"] = float(kernel.temperature) if number else str(kernel.temperature)
+    if getattr(kernel, "precision", "full") != "full":
+        attrs["precision"] = kernel.precision
     if getattr(kernel, "warmup_report", None):
         attrs["warmup_chose"] = kernel.warmup_report
     if getattr(kernel, "caveat", ""):

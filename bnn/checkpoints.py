@@ -1,8 +1,9 @@
 """Checkpoints of variational training: all that the next step of an ``SVI`` depends on, in one file.
 
-A file holds the parameters of guide and model, their buffers, the optimizers' states and schedules, what the ELBO
-keeps between steps (running means of curvature, parts of directions, the order of minibatch rows), and the random
-generators of PyTorch, NumPy and Python. Training that goes on from it is the uninterrupted one bit for bit, on a CPU.
+A file holds the parameters of guide and model, their buffers and extra states (the points that SWAG collects), the
+optimizers' states and schedules, what the ELBO keeps between steps (running means of curvature, parts of directions,
+the order of minibatch rows), and the random generators of PyTorch, NumPy and Python. Training that goes on from it is
+the uninterrupted one bit for bit, on a CPU.
 The file is written beside its place, flushed and renamed, so that a run killed at any moment leaves the old one or the
 new one; it is read without running code from it.
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import random
 import tempfile
 import zipfile
 from collections import Counter, OrderedDict
@@ -30,6 +30,9 @@ from pyro import poutine
 from pyro.infer import SVI
 from pyro.optim.optim import _get_state_dict, _load_state_dict
 from torch import Tensor, nn
+
+from bnn.devices import sent
+from bnn.randomness import random_state, set_random_state
 
 FORMAT = 1
 PLAIN = (type(None), bool, int, float, bytes, torch.dtype, torch.device)
@@ -89,9 +92,10 @@ def checkpoint(
         "made of": _made_of(svi),
         "parameters": {name: parameter.detach() for parameter, name in names.items()},
         "buffers": {name: tensor.detach() for name, tensor in _buffers(svi).items()},
+        "extra": {name: module.get_extra_state() for name, module in _with_extra_state(svi).items()},
         "optimizers": optimizers,
         "loss": _loss_state(svi),
-        "random": _random_state(),
+        "random": random_state(),
         "generators": [generator.get_state() for generator in generators],
         "notes": dict(notes or {}),
     }
@@ -139,6 +143,8 @@ def restore(
         for kind, ours in (("parameters", named), ("buffers", buffers)):
             for name, value in state[kind].items():
                 ours[name].copy_(value)
+    for name, module in _with_extra_state(svi).items():
+        module.set_extra_state(state["extra"][name])
     # Pyro hands such states out at the next step, by names in its store; a schedule that moves before needs them now.
     svi.optim.optim_objs.clear()
     for name, own in state["optimizers"].items():
@@ -149,7 +155,7 @@ def restore(
     _load_loss_state(svi, state["loss"], model_args, kwargs)
     for generator, own in zip(generators, state["generators"], strict=True):
         generator.set_state(own)
-    _set_random_state(state["random"])
+    set_random_state(state["random"])
     notes: dict[str, Any] = state["notes"]
     return notes
 
@@ -259,7 +265,21 @@ def _names(svi: SVI) -> dict[Tensor, str]:
 
 
 def _buffers(svi: SVI) -> dict[str, Tensor]:
-    return {f"{kind}: {n}": b for kind, module in _modules(svi).items() for n, b in module.named_buffers()}
+    found: dict[str, Tensor] = {}
+    for kind, module in _modules(svi).items():
+        kept = module.state_dict()  # of what is not persistent the module takes care in its extra state
+        found |= {f"{kind}: {name}": buffer for name, buffer in module.named_buffers() if name in kept}
+    return found
+
+
+def _with_extra_state(svi: SVI) -> dict[str, nn.Module]:
+    """Modules that keep more than tensors."""
+    return {
+        f"{kind}: {name}": one
+        for kind, module in _modules(svi).items()
+        for name, one in module.named_modules()
+        if type(one).get_extra_state is not nn.Module.get_extra_state
+    }
 
 
 def _loss(svi: SVI) -> Any:
@@ -287,7 +307,9 @@ def _load_loss_state(svi: SVI, state: Mapping[str, Any], args: tuple[Any, ...], 
     if state["max_plate_nesting"] is not None:
         loss.max_plate_nesting = state["max_plate_nesting"]
     if state["own"] is not None:
-        loss.load_training_state(svi.model, poutine.unwrap(svi.guide), state["own"], args, kwargs)
+        devices = {parameter.device for parameter in _names(svi)}  # the file was read onto the CPU
+        own = sent(state["own"], devices.pop() if len(devices) == 1 else None)
+        loss.load_training_state(svi.model, poutine.unwrap(svi.guide), own, args, kwargs)
 
 
 def _set_up(svi: SVI, wanted: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -322,20 +344,3 @@ def _check_shapes(path: Any, kind: str, ours: Mapping[str, Tensor], kept: Mappin
                 f"{kind[:-1]} {name!r} is {tuple(value.shape)}, {value.dtype} in {path}, but {tuple(own.shape)}, "
                 f"{own.dtype} here: this is another model, or other data. Make them as then, or start anew."
             )
-
-
-# ---- random numbers
-
-
-def _random_state() -> dict[str, Any]:
-    found = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
-    return {**found, "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(state["python"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -14,6 +14,7 @@ such length: at infinite precision its weights cost infinitely many bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import biject_to, kl_divergence
 
 from bnn.log_joint import quiet_handlers
 from bnn.predictive_arrays import whole_number
@@ -75,7 +76,8 @@ def description_length(guide: Any, *args: Any, num_draws: int = 100, **kwargs: A
     :param args: arguments of the model: the data.
     :param num_draws: draws from the guide; of a model with minibatches each takes a fresh one.
     :param kwargs: keyword arguments of the model.
-    :raises ValueError: for a point estimate, and where the model observes nothing.
+    :raises ValueError: for a guide without a density over all sites, such as a point estimate, an ensemble or a Laplace
+        approximation of the last layer only; and where the model observes nothing.
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> from bnn import description_length
@@ -94,7 +96,7 @@ def description_length(guide: Any, *args: Any, num_draws: int = 100, **kwargs: A
         raise ValueError("the model observes nothing when called so: give it the data, targets included.")
     kl, data = (np.array([getattr(draw, name) for draw in draws]) for name in ("kl", "data"))
     return DescriptionLength(
-        _mean(kl), _mean(data), _mean(kl + data), draws[0].num_weights, draws[0].num_targets
+        _mean(kl), _mean(data), _mean(kl + data, rounding=1e-5), draws[0].num_weights, draws[0].num_targets
     )  # fmt: skip
 
 
@@ -108,7 +110,7 @@ def kl_to_prior(guide: Any, *args: Any, num_draws: int = 100, **kwargs: Any) -> 
     :param args: arguments of the model.
     :param num_draws: draws from the guide, where there is no closed form.
     :param kwargs: keyword arguments of the model.
-    :raises ValueError: for a point estimate.
+    :raises ValueError: for a guide without a density over all sites.
 
     >>> import pyro, torch, pyro.distributions as dist
     >>> from bnn import kl_to_prior
@@ -123,9 +125,9 @@ def kl_to_prior(guide: Any, *args: Any, num_draws: int = 100, **kwargs: Any) -> 
     return _mean(np.array([_draw(guide, args, kwargs).kl for _ in range(whole_number("num_draws", num_draws, 2))]))
 
 
-def _mean(values: np.ndarray) -> Score:
-    """Mean and standard error; zero for numbers that differ by rounding only."""
-    if np.ptp(values) <= 1e-5 * abs(values).max():
+def _mean(values: np.ndarray, rounding: float = 0.0) -> Score:
+    """Mean and standard error; zero for numbers that are the same, up to relative rounding."""
+    if np.ptp(values) <= rounding * abs(values).max():
         return Score(float(values.mean()), 0.0)
     return Score(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))))
 
@@ -149,11 +151,7 @@ def _draw(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Draw:
         drawn.compute_log_prob()
         trace.compute_log_prob()
     guided = {name: node for name, node in drawn.nodes.items() if node["type"] == "sample" and not is_plate(node)}
-    if all(isinstance(base_of(node["fn"]), Delta) for node in guided.values()):
-        raise ValueError(
-            "the guide is a point estimate: the description length of its weights is infinite. Give one with a spread, "
-            "such as AutoFactorizedNormal, or a Laplace approximation."
-        )
+    _check_density(type(guide).__name__, guided, trace.nodes)
     kl = data = 0.0
     weights = targets = 0
     closed: set[str] = set()
@@ -172,6 +170,20 @@ def _draw(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Draw:
     if not math.isfinite(kl + data):
         raise ValueError(f"the code length is not finite: KL {kl:.4g}, data {data:.4g} nats.")
     return _Draw(kl, data, weights, targets)
+
+
+def _check_density(guide: str, guided: Mapping[str, Any], nodes: Mapping[str, Any]) -> None:
+    """:raises ValueError: if the guide has Deltas that no auxiliary sites of so many numbers stand behind."""
+    deltas = [name for name, node in guided.items() if isinstance(base_of(node["fn"]), Delta) and name in nodes]
+    shapes = {name: biject_to(nodes[name]["fn"].support).inverse_shape(nodes[name]["value"].shape) for name in deltas}
+    behind = sum(node["value"].numel() for node in guided.values() if node["infer"].get("is_auxiliary"))
+    points = sum(math.prod(shape) for shape in shapes.values()) - behind
+    if points > 0:
+        raise ValueError(
+            f"the guide {guide} gives {points} latent numbers as points: the description length of its weights is "
+            "infinite, or, where the points are random, not known. Give a guide with a density over all sites, such as "
+            "AutoFactorizedNormal, AutoMatrixNormal, or Laplace with sites=None."
+        )
 
 
 def _closed_form(guided: Any, node: Any) -> float | None:

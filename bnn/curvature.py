@@ -23,6 +23,7 @@ from torch.fx import Node
 from bnn.layers import Use, Uses, uses_of
 from bnn.model_graph import ModelGraph, Terms, reaching
 from bnn.per_datum import Block
+from bnn.randomness import kept_randomness
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8}
 
@@ -208,8 +209,7 @@ class _Trial:
         keep: set[Node],
     ) -> None:
         self.nodes = list(nodes)
-        device = graph.structure.device
-        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.enable_grad(), kept_randomness():
             self.values = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
             self.generator = torch.Generator().manual_seed(21)
             torch.manual_seed(21)

@@ -36,6 +36,7 @@ from bnn.log_joint import quiet_handlers
 from bnn.model_graph import ModelGraph
 from bnn.potential import Potential
 from bnn.predictive_arrays import whole_number
+from bnn.randomness import kept_randomness
 
 MATRICES = {"hessian": None, "ggn": "ggn", "fisher": "sampled", "empirical_fisher": "empirical"}
 SCALINGS = ("none", "elementwise", "per_site")
@@ -173,8 +174,7 @@ class _Terms:
     def product(self, position: Tensor, along: Tensor) -> Tensor:
         """Σ_n ∇s_n (∇s_nᵀ v) for each direction v, ``(directions, dim)``."""
         total = torch.zeros_like(along)
-        devices = [position.device] if position.is_cuda else []
-        with torch.random.fork_rng(devices), torch.enable_grad(), quiet_handlers():
+        with kept_randomness(), torch.enable_grad(), quiet_handlers():
             for number, (_, inputs) in enumerate(product(range(self.label_samples), self.potential.chunks)):
                 torch.manual_seed(self.seed + number)  # the same labels each time
                 z = position.clone().requires_grad_()

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from bnn.log_joint import LogJoint, quiet_handlers
 from bnn.minibatch import Stream
+from bnn.randomness import kept_randomness
 from bnn.ranks import RankError, Ranks
 from bnn.structure import Plate, Structure, structure_of
 
@@ -57,7 +58,7 @@ class Share:
         self.given: set[str] = set()  # plates whose rows are the arguments of each rank
         self.cut: dict[str, int] = {}  # plate -> rows of a whole minibatch
         self.model: Callable[..., Any] = model
-        with torch.random.fork_rng(devices=[]):
+        with kept_randomness():
             structure = structure_of(model, args, kwargs)
             plate = max(structure.plates.values(), key=lambda one: one.batch_size, default=None)
             if plate is None and not given:

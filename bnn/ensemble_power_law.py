@@ -91,24 +91,23 @@ def fit_power_law(sizes: Any, values: Any, errors: Any = None) -> PowerLaw:
     a, (_, (c, b)) = min(((a, given_exponent(a)) for a in EXPONENTS), key=lambda pair: pair[1][0])
     if not b > 0.0:
         raise ValueError("the values do not fall with size, as c + b nᵃ with a < 0 < b does: check their order.")
+    through_all = len(n) == 3 and sigma is None  # as many parameters as values
     with np.errstate(over="ignore"):
-        found, covariance = (
-            curve_fit(
-                lambda n, c, b, a: c + b * n**a,
-                n,
-                y,
-                p0=(c, b, a),
-                sigma=sigma,
-                absolute_sigma=sigma is not None,
-                bounds=([-np.inf, 0.0, -20.0], [np.inf, np.inf, 0.0]),
-                ftol=1e-15,
-                xtol=1e-15,
-                gtol=1e-15,
-                max_nfev=20_000,
-            )
-            if len(n) > 3 or sigma is not None
-            else (np.array([c, b, a]), np.full((3, 3), np.inf))
+        found, covariance = curve_fit(
+            lambda n, c, b, a: c + b * n**a,
+            n,
+            y,
+            p0=(c, b, a),
+            sigma=sigma,
+            absolute_sigma=sigma is not None or through_all,
+            bounds=([-np.inf, 0.0, -20.0], [np.inf, np.inf, 0.0]),
+            ftol=1e-15,
+            xtol=1e-15,
+            gtol=1e-15,
+            max_nfev=20_000,
         )
+    if through_all:
+        covariance = np.full((3, 3), np.inf)
     return PowerLaw(float(found[0]), float(found[1]), float(found[2]), covariance)
 
 

@@ -65,6 +65,7 @@ def over_all_data(
             tensors,
             [*[True] * len(leading), *[False] * len(inputs)],
             calls * minibatches_in_all(potential.plates.values()),
+            precision="full",
         )
         parts = program(*tensors)
         totals = tuple(a + b for a, b in zip(totals, parts, strict=True)) if totals else parts
@@ -133,7 +134,7 @@ def chunks_of_batches(
         yield [
             *[one * (number == 0)] * len(plates),
             *[weights] * len(plates),
-            *TensorLeaves.tensors((args, kwargs)),
+            *TensorLeaves.tensors((args, kwargs), device),
         ]
     for plate in plates:
         if plate.size != rows_seen:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from bnn.log_joint import LogJoint, is_subsampled, quiet_handlers
+from bnn.randomness import kept_randomness
 from bnn.recording import RecordingError
 from bnn.tiers import Program
 
@@ -74,13 +75,12 @@ def disagreement(potential: Potential, program: Program) -> str | None:
     Both draw the same random numbers, if the model draws any.
     """
     double = all(site.dtype == torch.float64 for site in potential.sites.values())
-    devices = [potential.device] if potential.device.type == "cuda" else []
     agreed = 0
     for z in _points(potential):
         (inputs,) = potential.stream(1).next(1)
-        with torch.random.fork_rng(devices=devices):
+        with kept_randomness():
             energy, grad = (output[0] for output in program(z.unsqueeze(0), *inputs))
-        with torch.random.fork_rng(devices=devices):
+        with kept_randomness():
             expected, expected_grad, size = potential.handlers_energy_and_grad(z, [t[0] for t in inputs])
         if not torch.isfinite(expected) or not torch.isfinite(expected_grad).all():
             continue
@@ -88,7 +88,7 @@ def disagreement(potential: Potential, program: Program) -> str | None:
             return f"its recorded energy is {energy.item():.6g}, by the handlers {expected.item():.6g}"
         floor = GRAD_TOLERANCE[double] * (1 + expected_grad.abs().max())
         for site in potential.sites.values():
-            difference = (grad - expected_grad)[site.slice].abs().max()
+            difference = (grad[site.slice] - expected_grad[site.slice]).abs().max()
             if not difference <= floor + SITE_TOLERANCE[double] * expected_grad[site.slice].abs().max():
                 return f"its recorded gradient differs at site {site.name!r} from the one by the handlers"
         agreed += 1
@@ -108,9 +108,9 @@ def graph_disagreement(graph: ModelGraph, inputs: Sequence[Tensor]) -> str | Non
     rows = dict(zip(graph.structure.plates, inputs, strict=False))
     args, kwargs = graph.arguments(inputs[len(rows) :])
     with torch.enable_grad(), quiet_handlers(), poutine.block():
-        with torch.random.fork_rng(devices=[]):
+        with kept_randomness():
             terms, _ = graph(values, inputs, parameters, wanted=lambda key: key[0] in ("prior", "likelihood"))
-        with torch.random.fork_rng(devices=[]):
+        with kept_randomness():
             trace = poutine.trace(poutine.condition(graph.model, {**values, **rows})).get_trace(*args, **kwargs)
         trace.compute_log_prob()
         sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
@@ -134,10 +134,12 @@ def graph_disagreement(graph: ModelGraph, inputs: Sequence[Tensor]) -> str | Non
     return None
 
 
-def _points(potential: Potential) -> Tensor:
+def _points(potential: Potential) -> Iterator[Tensor]:
+    """Points to compare at, made one by one: a net may be large."""
     generator = torch.Generator().manual_seed(20)  # leaves the user's random numbers alone
-    noise = torch.randn(TRIED_POINTS, potential.dim, generator=generator, dtype=torch.float64)
-    return (0.3 * noise).to(potential.dtype).to(potential.device)
+    for _ in range(TRIED_POINTS):
+        numbers = torch.randn(potential.dim, generator=generator, dtype=torch.float64).mul_(0.3).to(potential.dtype)
+        yield numbers.to(potential.device)
 
 
 def cause_of(error: RecordingError) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from bnn.devices import law_on
 from bnn.structure import ModelError
 from bnn.target_checks import (
     as_entries,
@@ -48,9 +49,9 @@ class Likelihood:
             name: value for name, value in vars(self).items() if isinstance(value, torch.distributions.Distribution)
         }
 
-    def sample_noise(self) -> dict[str, Tensor]:
-        """Draws of what is learned, by ``pyro.sample``."""
-        return {name: pyro.sample(name, prior) for name, prior in self.learned().items()}
+    def sample_noise(self, device: torch.device) -> dict[str, Tensor]:
+        """Draws of what is learned, by ``pyro.sample``, on the device of the net."""
+        return {name: pyro.sample(name, law_on(prior, device)) for name, prior in self.learned().items()}
 
     def elementwise(self, outputs: Tensor, noise: Noise) -> Any:
         """The law of each number of the targets, its batch shape that of the targets."""

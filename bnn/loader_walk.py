@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bnn.saved_state import random_state, set_random_state
+from bnn.randomness import random_state, set_random_state
 
 
 class Walk:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bnn.devices import sent
 from bnn.loader_walk import Walk, generators_of
 
 # Minibatches that are cut at once.
@@ -141,8 +142,9 @@ class TensorLeaves:
         self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
 
     @staticmethod
-    def tensors(arguments: Arguments) -> list[Tensor]:
-        """The tensors among the arguments, in a fixed order."""
+    def tensors(arguments: Arguments, device: torch.device | str | None = None) -> list[Tensor]:
+        """The tensors among the arguments, in a fixed order; sent to ``device``, if one is given."""
+        arguments = arguments if device is None else sent(arguments, torch.device(device))
         return [leaf.detach() for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
 
     def arguments(self, tensors: Iterable[Tensor]) -> Arguments:
@@ -162,7 +164,7 @@ class Stream:
     :param batches: an iterable of model arguments, or None.
     :param num_chains: number of chains; each has its own order.
     :param replacement: draw rows independently instead of by shuffled epochs.
-    :param device: where the row numbers are used.
+    :param device: where the rows are used: row numbers are made there, batches sent there.
     """
 
     def __init__(
@@ -176,6 +178,7 @@ class Stream:
     ) -> None:
         self._rows = [RowStream(n, b, num_chains, replacement=replacement, device=device) for n, b in plates]
         self._arguments = None if batches is None else ArgumentStream(batches, num_chains)
+        self._device = device
 
     def rows_state(self) -> list[dict[str, Tensor]]:
         """The position of each plate's rows, for a checkpoint."""
@@ -191,7 +194,7 @@ class Stream:
         result = [[stream.next_batch() for stream in self._rows] for _ in range(steps)]
         if self._arguments is not None:
             for inputs in result:
-                chains = [TensorLeaves.tensors(arguments) for arguments in self._arguments.next()]
+                chains = [TensorLeaves.tensors(arguments, self._device) for arguments in self._arguments.next()]
                 if len({tuple(leaf.shape for leaf in leaves) for leaves in chains}) > 1:
                     raise ValueError(
                         "batches= gives batches of different shapes to different chains at one step: use batches of "

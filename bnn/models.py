@@ -104,9 +104,9 @@ class BayesianNet:
         inputs = [x] if isinstance(x, Tensor) else x
         rows = check_inputs(inputs, self.parameters, self._seen)
         values = {p.name: self.priors[p.name].sample(p) for p in self.parameters}
-        noise = self.likelihood.sample_noise()
+        noise = self.likelihood.sample_noise(inputs[0].device)
         if y is not None:
-            check_rows(rows, y, mask, self.num_data)
+            check_rows(rows, inputs[0].device, y, mask, self.num_data)
         size, count = self._sizes(rows, y)
         with pyro.plate("data", size, subsample_size=count) as index:
             if count < size and count != rows:

@@ -149,7 +149,8 @@ def check_names(parameters: Sequence[str], noise: Sequence[str], priors: Mapping
 def check_inputs(inputs: Any, parameters: Sequence[Parameter], seen: Seen) -> int:
     """The number of rows of the inputs.
 
-    :raises ValueError: unless they are tensors of as many rows, finite, in the precision of the parameters.
+    :raises ValueError: unless they are tensors of as many rows, finite, in the precision and on the device of the
+        parameters.
     """
     if not isinstance(inputs, (list, tuple)) or not inputs or not all(isinstance(part, Tensor) for part in inputs):
         shown = type(inputs).__name__
@@ -163,12 +164,18 @@ def check_inputs(inputs: Any, parameters: Sequence[Parameter], seen: Seen) -> in
             "for all tensors of x."
         )
     dtypes = {p.value.dtype for p in parameters if p.value.is_floating_point()}
+    devices = list(dict.fromkeys(p.value.device for p in parameters))
     for part in inputs:
         if part.is_floating_point() and len(dtypes) == 1 and part.dtype not in dtypes:
             (wanted,) = dtypes
             raise ModelError(
                 f"x is {part.dtype}, the net's parameters {wanted}: convert one of them, x.to({wanted}) or "
                 f"net.to({part.dtype})."
+            )
+        if part.device not in devices:
+            raise ModelError(
+                f"x is on {part.device}, the net's parameters on {' and '.join(map(str, devices))}: move one of them, "
+                f"x.to({str(devices[0])!r}) or net.to({str(part.device)!r})."
             )
         seen.once(part, None, (), partial(_finite, part))
     return shapes[0][0]
@@ -184,9 +191,11 @@ def _finite(x: Tensor) -> None:
                 )
 
 
-def check_rows(rows: int, y: Any, mask: Any, num_data: int | None) -> None:
-    """:raises ValueError: unless x, y and mask have as many rows, and no more than all data have."""
+def check_rows(rows: int, device: torch.device, y: Any, mask: Any, num_data: int | None) -> None:
+    """:raises ValueError: unless x, y and mask have as many rows, no more than all data have, and share a device."""
     for name, value in (("y", y), ("mask", mask)):
+        if isinstance(value, Tensor) and value.device != device:
+            raise ModelError(f"x is on {device}, {name} on {value.device}: move one of them, {name}.to(x.device).")
         if isinstance(value, Tensor) and (not value.dim() or len(value) != rows):
             raise ModelError(f"x has {rows} rows, {name} has shape {tuple(value.shape)}: give {name} the same rows.")
     if num_data is not None and rows > num_data:

@@ -202,8 +202,9 @@ class TargetReader(Reader):
         super()._pyro_sample(msg)
         if msg["value"] is None and not self.drawn and not is_plate(msg):
             fn = msg["fn"]
-            discrete = getattr(fn.support, "is_discrete", False)
-            msg["value"], msg["done"] = torch.zeros(fn.shape(), dtype=torch.long if discrete else None), True
+            kind = torch.long if getattr(fn.support, "is_discrete", False) else None
+            device = next((value.device for value in self.values.values()), None)
+            msg["value"], msg["done"] = torch.zeros(fn.shape(), dtype=kind, device=device), True
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if is_plate(msg) or (msg["name"] in self.values and not msg["is_observed"]):

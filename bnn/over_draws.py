@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bnn.devices import sent
+
 # So many draws run at once that the largest tensor inside the model stays below this many numbers.
 LARGEST_TENSOR = 1 << 22
 
@@ -31,15 +33,16 @@ class OverDraws:
     """Runs a model for every draw.
 
     :param draws: values of the latent sites, ``(draws, *shape)``.
+    :param device: where the model runs, to which a few draws at a time are sent; where the draws are by default.
     :ivar first: the first draw.
     :ivar count: the number of draws.
     :ivar largest_tensor: so many numbers may the largest tensor inside the model have, over the draws that run at once.
     :ivar meter: to be entered around one run of the model, before the first call.
     """
 
-    def __init__(self, draws: Mapping[str, Tensor]) -> None:
-        self.draws = dict(draws)
-        self.first = {name: value[0] for name, value in draws.items()}
+    def __init__(self, draws: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+        self.draws, self.device = dict(draws), device
+        self.first = sent({name: value[0] for name, value in draws.items()}, device)
         self.count = len(next(iter(draws.values())))
         self.meter = Meter()
         self.largest_tensor = LARGEST_TENSOR
@@ -61,7 +64,7 @@ class OverDraws:
         :param alone: what ``one`` gives for the first draw, to which the vectorized result is compared.
         """
         at_once = max(1, self.largest_tensor // self.meter.largest)
-        on_cpu = next(iter(self.draws.values())).device.type == "cpu"
+        on_cpu = next(iter(self.first.values())).device.type == "cpu"
         numbers = sum(value.numel() for value in self.first.values())
         # On a CPU a convolution per draw gains nothing either.
         slow = at_once == 1 or (on_cpu and (self.meter.convolves or numbers > LARGEST_NET))
@@ -73,20 +76,22 @@ class OverDraws:
             except Exception:  # whatever vmap cannot do, the loop can, or raises itself
                 pass
             self._vectorizes[kind] = False
-        pieces = [one({name: value[i] for name, value in self.draws.items()}) for i in range(self.count)]
+        draws = (sent({n: value[i] for n, value in self.draws.items()}, self.device) for i in range(self.count))
+        pieces = [one(draw) for draw in draws]
         return {name: torch.stack([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def _vectorized(self, one: Callable[..., Any], at_once: int) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
         for start in range(0, self.count, at_once):
-            part = {name: value[start : start + at_once] for name, value in self.draws.items()}
+            stop = start + at_once
+            part = sent({name: value[start:stop] for name, value in self.draws.items()}, self.device)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
                 piece = torch.func.vmap(one, randomness="different")(part)
             for name, value in piece.items():
                 if name not in result:
                     result[name] = value.new_empty((self.count, *value.shape[1:]))
-                result[name][start : start + at_once] = value
+                result[name][start:stop] = value
         return result
 
 

@@ -7,7 +7,6 @@ than the arithmetic of a small net. Every rewrite keeps the value up to rounding
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 aten = torch.ops.aten
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.reshape.default)
-_HOISTED = {
+VIEWS = {
     operator.getitem,
     aten.split_with_sizes.default,
     aten.view.default,
@@ -58,68 +57,6 @@ def peephole(graph_module: GraphModule) -> None:
     graph_module.recompile()
 
 
-def expand_small_products(graph_module: GraphModule, largest: int = 20_000) -> None:
-    """Write small matrix products as sums of products, which a compiler fuses with their neighbours.
-
-    A call of the processor's matrix library costs a few microseconds; below ``largest`` multiplications the compiled
-    loop is faster. For the compiled tier on a CPU only.
-    """
-    graph = graph_module.graph
-    for node in list(graph.nodes):
-        if node.target in (aten.addmm.default, aten.baddbmm.default) and node.kwargs:
-            continue
-        if node.target in (aten.mm.default, aten.bmm.default):
-            bias, (left, right) = None, node.args
-        elif node.target in (aten.addmm.default, aten.baddbmm.default):
-            bias, left, right = node.args
-        else:
-            continue
-        multiplications = math.prod(shape_of(left) or (0,)) * (shape_of(right) or (0,))[-1]
-        if not 0 < multiplications <= largest or not node.meta["val"].is_floating_point():
-            continue
-        with graph.inserting_before(node):
-            wide = graph.call_function(aten.unsqueeze.default, (left, -1))
-            tall = graph.call_function(aten.unsqueeze.default, (right, -3))
-            product = graph.call_function(aten.mul.Tensor, (wide, tall))
-            result = graph.call_function(aten.sum.dim_IntList, (product, [-2]))
-            if bias is not None:
-                result = graph.call_function(aten.add.Tensor, (result, bias))
-        result.meta = dict(node.meta)
-        _replace(graph_module, node, result)
-    graph.eliminate_dead_code()
-    graph_module.recompile()
-
-
-def turn_narrow_products(graph_module: GraphModule, narrow: int = 16) -> None:
-    """Compute batched products of few columns as the transpose of products of few rows.
-
-    The gradient of a thin weight for many chains, ``dᵀ x`` with a handful of inputs, runs three times slower in the
-    processor's matrix library than ``(xᵀ d)ᵀ`` with its copy.
-    """
-    graph = graph_module.graph
-    for node in list(graph.nodes):
-        if node.target is not aten.bmm.default:
-            continue
-        rows, columns = (shape_of(node) or (0, 0, 0))[1:]
-        if not 1 < columns < min(narrow, rows):
-            continue
-        with graph.inserting_before(node):
-            left, right = (_transposed(graph, factor) for factor in node.args)
-            product = graph.call_function(aten.bmm.default, (right, left))
-            product.meta["val"] = node.meta["val"].mT
-            result = graph.call_function(aten.clone.default, (_transposed(graph, product),))
-            result.kwargs = {"memory_format": torch.contiguous_format}
-        result.meta = dict(node.meta)
-        _replace(graph_module, node, result)
-    graph_module.recompile()
-
-
-def _transposed(graph: Graph, node: Any) -> Node:
-    result = graph.call_function(aten.transpose.int, (node, 1, 2))
-    result.meta["val"] = node.meta["val"].mT
-    return result
-
-
 def is_random(node: Node) -> bool:
     """Whether the node draws random numbers."""
     target = node.target
@@ -145,7 +82,8 @@ def constant_node(graph_module: GraphModule, before: Node, value: torch.Tensor) 
     return node
 
 
-def _replace(graph_module: GraphModule, node: Node, replacement: Node) -> None:
+def replace(graph_module: GraphModule, node: Node, replacement: Node) -> None:
+    """Use one node for another, which goes."""
     node.replace_all_uses_with(replacement)
     graph_module.graph.erase_node(node)
 
@@ -165,8 +103,11 @@ def _scalar(graph_module: GraphModule, node: Any) -> torch.Tensor | None:
 def _shrink_uniform_constants(graph_module: GraphModule) -> None:
     """An array of equal numbers becomes one number where broadcasting gives the same result."""
     for node in list(graph_module.graph.nodes):
-        value = _constant(graph_module, node)
-        if value is None or value.dim() == 0 or not value.numel() or not value.is_floating_point():
+        spread = node.target is aten.expand.default  # of a constant that is too large to be folded
+        value = _constant(graph_module, node.args[0] if spread else node)
+        if value is None or not value.numel() or not value.is_floating_point():
+            continue
+        if value.dim() == 0 and not spread:
             continue
         if not (value == value.reshape(-1)[0]).all():
             continue
@@ -244,7 +185,7 @@ def _drop_identities(graph_module: GraphModule) -> None:
         if node.op == "call_function" and not node.kwargs:
             replacement = _identity_of(graph_module, node)
             if replacement is not None and shape_of(replacement) == shape_of(node):
-                _replace(graph_module, node, replacement)
+                replace(graph_module, node, replacement)
 
 
 def _identity_of(graph_module: GraphModule, node: Node) -> Node | None:
@@ -287,7 +228,7 @@ def _share_equal_nodes(graph_module: GraphModule) -> None:
         except TypeError:
             continue
         if first is not node:
-            _replace(graph_module, node, first)
+            replace(graph_module, node, first)
 
 
 def _hashable(value: Any) -> Any:
@@ -325,7 +266,7 @@ def _fuse_multiply_add(graph_module: GraphModule) -> None:
         with graph_module.graph.inserting_before(node):
             fused = graph_module.graph.call_function(aten.addcmul.default, operands, {} if sign == 1 else {"value": -1})
         fused.meta = dict(node.meta)
-        _replace(graph_module, node, fused)
+        replace(graph_module, node, fused)
         graph_module.graph.erase_node(product)
 
 
@@ -366,7 +307,7 @@ def hoist_views(graph_module: GraphModule) -> list[tuple[int, torch.Tensor]]:
         buffer = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         views: dict[Node, Any] = {root: buffer}
         for node in graph_module.graph.nodes:
-            if node.op == "call_function" and node.target in _HOISTED and node.args[0] in views:
+            if node.op == "call_function" and node.target in VIEWS and node.args[0] in views:
                 views[node] = node.target(views[node.args[0]], *node.args[1:], **node.kwargs)
         del views[root]
         if len(views) < 4 or any(node in views for node in outputs):

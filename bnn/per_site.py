@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bnn.draw_blocks import blocks
 from bnn.run_statistics import RunStatistics, statistics_of
 from bnn.temperature import LABELS, effective_draws
 
@@ -71,6 +72,6 @@ def _excess(statistics: RunStatistics, name: str) -> np.ndarray:
     temperature = statistics.need("temperature")[0]
     if name not in statistics.draws or np.isnan(site.scale):
         return np.full_like(temperature, np.nan)
-    draws = statistics.draws[name][statistics.whole_chains].astype(float)
-    scaled = (draws.reshape(*temperature.shape, -1) - site.loc) / site.scale
-    return np.square(scaled).sum(-1) - site.size * temperature
+    whole = statistics.whole_chains
+    scaled = ((block[whole].astype(float) - site.loc) / site.scale for block in blocks(statistics.draws[name]))
+    return np.concatenate([np.square(one).sum(-1) for one in scaled], 1) - site.size * temperature

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnn.checks import first_of
+from bnn.devices import device_of_call
 from bnn.log_joint import quiet_handlers
 from bnn.observations import Chunk, Observation, Reader, copies_of, one_pass, place_of, read, tensor_arguments, windows
 from bnn.over_draws import OverDraws, fresh_noise
@@ -58,7 +59,7 @@ def evaluate(
     """
     if batches is not None:
         args, kwargs = first_of(batches, (), {})
-    probe, over_draws = Chunk(args, dict(kwargs)), OverDraws(draws)
+    probe, over_draws = Chunk(args, dict(kwargs)), OverDraws(draws, device_of_call(model, args, kwargs))
     with torch.no_grad(), quiet_handlers():
         with over_draws.meter:
             reader = read(model, over_draws.first, probe)

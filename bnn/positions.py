@@ -50,8 +50,8 @@ class Positions:
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """The flat positions ``(chains, dim)`` of unconstrained values with a leading chain dimension."""
         checks.site_values(params, {name: site.shape for name, site in self.sites.items()})
-        pieces = [params[name].reshape(len(params[name]), -1).to(self.dtype) for name in self.sites]
-        return torch.cat(pieces, -1).to(self.device).contiguous()
+        pieces = [params[name].reshape(len(params[name]), -1).to(self.device, self.dtype) for name in self.sites]
+        return torch.cat(pieces, -1).contiguous()
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """The flat positions ``(chains, dim)`` of values in the model's own space with a leading chain dimension.

@@ -18,12 +18,14 @@ from torch.utils import _pytree as pytree
 
 from bnn import checks
 from bnn.data_shares import Share
+from bnn.devices import device_of_model, sent
 from bnn.full_data import Chunks, mean_rows, minibatches_in_all, over_all_data, traced_chunk, traced_chunk_and_grad
 from bnn.handlers_check import cause_of, disagreement, handlers_energy_and_grad
 from bnn.initialization import Strategy, find_starts, strategy_of
 from bnn.log_joint import LogJoint, quiet_handlers
 from bnn.minibatch import Stream, TensorLeaves
 from bnn.positions import Positions
+from bnn.precision import check_device, check_precision, choose_in, rounding, running
 from bnn.ranks import Ranks
 from bnn.recording import RecordingError, draws_random_numbers, has_convolution, record, used_inputs
 from bnn.structure import Plate, structure_of
@@ -45,12 +47,15 @@ class Potential(Positions):
     :param model: a Pyro model.
     :param args: the model's arguments.
     :param batches: an iterable of argument tuples, such as a ``DataLoader``, instead of ``args``; the model then
-        holds ``pyro.plate("data", N, subsample_size=len(x))``.
-    :param compile: ``"auto"``, ``"inductor"``, ``"fx"`` or ``"handlers"``; see :mod:`bnn.tiers`.
+        holds ``pyro.plate("data", N, subsample_size=len(x))``. They are sent to the device of the model.
+    :param compile: ``"auto"``, ``"inductor"``, ``"fx"``, ``"cuda_graph"`` or ``"handlers"``; see :mod:`bnn.tiers`.
     :param replacement: draw minibatch rows independently instead of by shuffled epochs.
+    :param precision: of the products inside gradients: ``"full"`` (the model's own), ``"bfloat16"`` or ``"tf32"``; see
+        :mod:`bnn.precision`. Energies of all data keep the model's own.
     :param ranks: the processes that share the rows out, see :mod:`bnn.ranks`; all must ask for the same energies.
     :param kwargs: the model's keyword arguments.
-    :raises ValueError: for a model without latent sites, data that are not finite or disagree with a plate.
+    :raises ValueError: for an unknown precision, a model without latent sites, data that are not finite or disagree
+        with a plate.
     :raises NotImplementedError: for discrete latents and latents inside a subsampled plate.
 
     >>> import pyro, torch, pyro.distributions as dist
@@ -71,14 +76,16 @@ class Potential(Positions):
         batches: Iterable[Any] | None = None,
         compile: str = "auto",
         replacement: bool = False,
+        precision: str = "full",
         ranks: Ranks | None = None,
         **kwargs: Any,
     ) -> None:
         check_tier(compile)
+        check_precision(precision)
         checks.is_model(model)
         self.model, self.batches, self.compile, self.replacement = model, batches, compile, replacement
         if batches is not None:
-            args, kwargs = checks.first_of(batches, args, kwargs)
+            args, kwargs = sent(checks.first_of(batches, args, kwargs), device_of_model(model))
         self.args, self.kwargs = pytree.tree_map_only(Tensor, torch.Tensor.detach, (tuple(args), dict(kwargs)))
         checks.finite_arguments(self.args, self.kwargs)
         self.share = None
@@ -88,6 +95,8 @@ class Potential(Positions):
             self.args, self.kwargs = self.share.args, self.share.kwargs
         self.structure = structure_of(model, self.args, self.kwargs)
         self.log_joint = LogJoint(model, self.structure)
+        check_device(precision, self.device)
+        self.precision = precision
         self._leaves = TensorLeaves((self.args, self.kwargs))
         self._row_names = list(self.plates)
         if batches is not None and self.share is None:  # else a pass through them is a part of the rows
@@ -143,7 +152,7 @@ class Potential(Positions):
         def function(position: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             return self.traced_energy_and_grad(position, inputs)
 
-        key = ("gradient", compile == "inductor", *(tuple(t.shape) for t in tensors))
+        key = ("gradient", compile in ("inductor", "cuda_graph"), *(tuple(t.shape) for t in tensors))
         program = self.kept_program(key, function, tensors, [True] * len(tensors), compile=compile)
         if self.share is None:
             energy, grad = program(*tensors)
@@ -190,6 +199,10 @@ class Potential(Positions):
 
     def traced_energy_and_grad(self, position: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Energy and gradient on given minibatches, written for recording; kernels call it inside their own step."""
+        with rounding(self.precision):
+            return self._traced_energy_and_grad(position, inputs)
+
+    def _traced_energy_and_grad(self, position: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         if not self.is_recorded:
             return self._eager_energy_and_grad(position, inputs)
         if len(position) == 1:
@@ -256,6 +269,7 @@ class Potential(Positions):
         calls: int = 0,
         *,
         compile: str | None = None,
+        precision: str | None = None,
     ) -> Program:
         """``function`` recorded for chains at once where that pays, else for one chain and looped over them.
 
@@ -264,21 +278,24 @@ class Potential(Positions):
         :param per_chain: which inputs lead with the chain dimension.
         :param calls: how often it will run, as far as is known: decides whether compiling pays.
         :param compile: the tier, if not the potential's own.
+        :param precision: of products, if not the potential's own.
         """
+        precision = precision or self.precision
         if not self.is_recorded:
-            return Program(function, "handlers")
+            return Program(running(function, precision), "handlers")
         compile = compile or self.compile
         chains = next(len(t) for t, flag in zip(inputs, per_chain, strict=True) if flag)
         if chains == 1 or self.vectorizes():
             try:
-                return choose(record(function, inputs), inputs, compile, calls, self.decided)
+                return choose_in(precision, record(function, inputs), inputs, compile, calls, self.decided)
             except RecordingError:
                 if chains == 1:
                     raise
                 self._vectorizes = False
 
         one = one_chain(inputs, per_chain)
-        return over_chains(choose(record(function, one), one, compile, calls * chains, self.decided), per_chain)
+        program = choose_in(precision, record(function, one), one, compile, calls * chains, self.decided)
+        return over_chains(program, per_chain)
 
     def kept_program(self, key: Any, *recording: Any, **options: Any) -> Program:
         """The :meth:`program` kept under ``key``, recorded the first time."""
@@ -294,11 +311,11 @@ class Potential(Positions):
         return self._vectorizes
 
     def _record_one_chain(self) -> None:
-        """Record one chain, drop inputs that do not matter, and compare with Pyro's handlers."""
+        """Record one chain, drop inputs that do not matter, and compare with Pyro's handlers, all in full precision."""
         position = torch.zeros(1, self.dim, dtype=self.dtype, device=self.device)
 
         def function(position: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            return self.traced_energy_and_grad(position, inputs)
+            return self._traced_energy_and_grad(position, inputs)
 
         try:
             (inputs,) = self.stream(1).next(1)
@@ -314,7 +331,8 @@ class Potential(Positions):
             self.is_random = draws_random_numbers(graph)
             self._has_convolution = has_convolution(graph)
             program = choose(graph, [position, *inputs], "fx")
-            self._programs["gradient", False, *(tuple(t.shape) for t in (position, *inputs))] = program
+            if self.precision == "full":
+                self._programs["gradient", False, *(tuple(t.shape) for t in (position, *inputs))] = program
             cause = disagreement(self, program)
         except RecordingError as error:
             cause = cause_of(error)

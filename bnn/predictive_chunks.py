@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bnn.checks import leading_size
+from bnn.devices import device_of_call
 from bnn.observations import Chunk, Target, TargetReader, read_targets, windows
 from bnn.over_draws import Meter, OverDraws, fresh_noise
 from bnn.posterior_draws import PosteriorDraws
@@ -56,7 +57,7 @@ class LawsOverDraws:
         draw: bool,
     ) -> None:
         self.model, self.args, self.kwargs, self.memory = known.model, args, kwargs, memory
-        self.over_draws = OverDraws(known.values)
+        self.over_draws = OverDraws(known.values, device_of_call(known.model, args, kwargs))
         self.rows = leading_size(args, kwargs)
         self.trial, self.trial_rows, self.meter = self._trial()
         self.names = _sites(self.trial, sites, known, self.trial_rows)

@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from bnn.arviz_data import assemble
+from bnn.randomness import kept_randomness
 from bnn.structure import base_of, is_observation, is_plate
 
 
@@ -43,7 +44,7 @@ def prior_predictive(
         raise ValueError(f"model is {type(model).__name__}; give a Pyro model: a function or PyroModule to call.")
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ValueError(f"num_samples is {num_samples!r}; give a whole number of at least 1.")
-    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+    with torch.no_grad(), kept_randomness(), poutine.block():
         values = _drawn(model, x)
         names = _observed(model, x, values) if observed is None else set(observed)
     unknown = names - set(values)

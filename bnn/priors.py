@@ -47,9 +47,9 @@ class Flat(Prior):
         return dist.ImproperUniform(support, torch.Size(), parameter.shape)
 
     def sample(self, parameter: Parameter) -> Tensor | None:
-        """The value, in the net's precision: Pyro's law has none of its own."""
+        """The value, in the net's precision and on its device: Pyro's law has none of its own."""
         value: Tensor = pyro.sample(parameter.name, self.law(parameter))
-        return value.to(parameter.value.dtype)
+        return value.to(parameter.value)
 
 
 @dataclass(frozen=True)

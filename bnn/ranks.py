@@ -15,12 +15,20 @@ What it costs. A ring all-reduce of b bytes takes t = 2 (K−1) a + 2 (K−1)/K 
 the bandwidth of a link. Bytes a step, in single precision: 4 (dim + 1) for each chain; for a guide 4 times the numbers
 of its means, and where statistics are due those of its factors, Σ_layers (in² + out²), or as many as means for
 diagonals. Sharing data pays while the gradient of B rows takes longer than t · K/(K−1): below that, share chains, which
-talk once, at the end. Measured costs: tests/benchmarks/RESULTS.md.
+talk once, at the end. A net that uses every weight once for each row takes 6 B dim/F seconds at F operations a second,
+so that communication dominates below
+
+    B ≈ 4 F/(3 w) rows, whatever K and dim,     and, by its latency,     B dim ≈ K a F/3;
+
+convolutions, which use a weight many times, may have so many times fewer rows. With a store, sharing data sends one
+more message of three numbers for each draw, and sharing chains none: each rank writes its own. Measured, with what
+follows from it: tests/benchmarks/RESULTS.md.
 
 The process group is the script's own, if it made one (its timeout says how long a rank waits for another); else it is
 made here, gloo on CPUs and NCCL on CUDA devices. Choose the device by ``torch.cuda.set_device(int(os.environ[
 "LOCAL_RANK"]))`` before the first tensor. A rank that dies ends the others with :class:`RankError`; ``torchrun
---max-restarts`` starts all of them again, and the script goes on from its last checkpoint (:func:`bnn.restore`).
+--max-restarts`` starts all of them again, and the script goes on bit for bit: ``MCMC(..., store=path, resume=True)``
+from the one store that all ranks write, training by :func:`bnn.restore` from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -57,6 +65,7 @@ class Ranks:
     :raises RuntimeError: if there is no process group, and the process was not started by torchrun.
     :ivar rank: the number of this process.
     :ivar size: K, how many there are.
+    :ivar own_state: the generator of :meth:`own_randomness`, None before its first use.
     """
 
     def __init__(self) -> None:
@@ -75,7 +84,7 @@ class Ranks:
         self._device = torch.device("cpu")
         if dist.get_backend() == "nccl":
             self._device = torch.device("cuda", torch.cuda.current_device())
-        self._own_state: Tensor | None = None
+        self.own_state: list[Tensor] | None = None
 
     def _call(self, what: str, operation: Callable[[], Any]) -> Any:
         try:
@@ -152,6 +161,12 @@ class Ranks:
             results.append(found)
         return results
 
+    def largest(self, numbers: Sequence[int], what: str) -> list[int]:
+        """The largest on any rank of each of some whole numbers."""
+        found = torch.tensor(numbers, device=self._device)
+        self._call(what, lambda: dist.all_reduce(found, dist.ReduceOp.MAX))
+        return [int(number) for number in found.tolist()]
+
     # ---- random numbers
 
     def same_randomness(self) -> None:
@@ -175,18 +190,28 @@ class Ranks:
     @contextlib.contextmanager
     def own_randomness(self) -> Iterator[None]:
         """Random numbers of this rank's own: for labels, signs and dropout of its rows. Those shared are left alone."""
-        shared = torch.get_rng_state()
-        if self._own_state is None:
+        shared = self._generators()
+        if self.own_state is None:
             torch.manual_seed(
                 int(np.random.SeedSequence((torch.initial_seed() % 2**63, self.rank)).generate_state(1)[0])
             )
         else:
-            torch.set_rng_state(self._own_state)
+            self._set_generators(self.own_state)
         try:
             yield
         finally:
-            self._own_state = torch.get_rng_state()
-            torch.set_rng_state(shared)
+            self.own_state = self._generators()
+            self._set_generators(shared)
+
+    def _generators(self) -> list[Tensor]:
+        """States of the CPU's generator and of that of the rank's own device."""
+        on_cuda = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
+        return [torch.get_rng_state(), *on_cuda]
+
+    def _set_generators(self, states: Sequence[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, self._device)
 
     # ---- checks
 

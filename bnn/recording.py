@@ -6,7 +6,7 @@ The graph then runs in one of two tiers:
 * ``fx``: the graph after a peephole pass, as generated Python that calls PyTorch's own bindings. Needs no compiler.
 * ``inductor``: the graph compiled by TorchInductor into C++ (CPU) or Triton (CUDA).
 
-Every private name of PyTorch that this project needs stands in this file.
+Every private name of PyTorch that this project needs stands in this file and in :mod:`bnn.one_kernel`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
+from bnn.graph_constants import Lifted, fold_constants, lift_constants, send_numbers
+from bnn.in_place import reuse_memory
+from bnn.loop_rewrites import expand_small_products, expand_tanh, turn_narrow_products
+from bnn.one_kernel import one_kernel, written_modules
 from bnn.out_of_place import out_of_place
-from bnn.peephole import (
-    constant_node,
-    expand_small_products,
-    hoist_views,
-    is_random,
-    peephole,
-    shape_of,
-    turn_narrow_products,
-)
+from bnn.peephole import hoist_views, is_random, peephole, replace
+from bnn.randomness import kept_randomness
 
 aten = torch.ops.aten
-
-# Constants above this many elements are recomputed rather than stored in the program.
-LARGEST_FOLDED_CONSTANT = 1 << 20
 
 # Overloads that only rename a tensor once the graph is out of autograd's hands.
 _ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
@@ -135,18 +131,19 @@ def record(function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[t
     try:
         with unvalidated_distributions(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph_module = make_fx(function)(*inputs)
+            graph_module = _traced(function, inputs)
             _drop_aliases(graph_module)
             out_of_place(graph_module)
             if _mutates(graph_module):
-                graph_module = make_fx(torch.func.functionalize(function))(*inputs)
+                graph_module = _traced(torch.func.functionalize(function), inputs)
     except Exception as error:
         message = str(error).strip().splitlines()
         raise RecordingError(f"{type(error).__name__}: {message[0] if message else 'no message'}") from error
     if _mutates(graph_module):
         raise RecordingError("the model would mutate a captured tensor, such as batch norm's running mean")
     _drop_aliases(graph_module)
-    _fold_constants(graph_module)
+    fold_constants(graph_module)
+    send_numbers(graph_module, inputs[0].device)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
@@ -167,20 +164,26 @@ def record_forward(
             warnings.simplefilter("ignore")
             # mkldnn's recurrent layers in float32 are one operation; without it they are matrix products.
             with torch.backends.mkldnn.flags(enabled=False):
-                graph_module = make_fx(function)(*inputs)
+                graph_module = _traced(function, inputs)
                 out_of_place(graph_module)
                 if _mutates(graph_module):
-                    graph_module = make_fx(torch.func.functionalize(function))(*inputs)
+                    graph_module = _traced(torch.func.functionalize(function), inputs)
     except Exception as error:
         message = str(error).strip().splitlines()
         raise RecordingError(f"{type(error).__name__}: {message[0] if message else 'no message'}") from error
     if _mutates(graph_module):
         raise RecordingError("the model would mutate a captured tensor, such as batch norm's running mean")
     parameters = _parameters_as_inputs(graph_module)
-    _fold_constants(graph_module)
+    fold_constants(graph_module)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module, parameters
+
+
+def _traced(function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor]) -> GraphModule:
+    """``make_fx``, with one mode for the shapes of all nodes: by itself each node makes one, a third of the time."""
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        return make_fx(function)(*inputs)
 
 
 def _apart(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -207,7 +210,7 @@ def _parameters_as_inputs(graph_module: GraphModule) -> list[torch.Tensor]:
                 last = graph_module.graph.placeholder(f"parameter_{len(found)}")
             last.meta["val"] = value.detach()
             found[id(value)] = value, last
-        _replace(graph_module, node, found[id(value)][1])
+        replace(graph_module, node, found[id(value)][1])
     return [value for value, _ in found.values()]
 
 
@@ -243,8 +246,9 @@ def run_fx(graph_module: GraphModule) -> Callable[..., tuple[torch.Tensor, ...]]
     turn_narrow_products(graph_module)
     peephole(graph_module)
     hoisted = hoist_views(graph_module)
+    reuse_memory(graph_module)
     _use_bindings(graph_module)
-    lifted = _lift_constants(graph_module)
+    lifted = lift_constants(graph_module)
     # As defaults of the generated function, constants cost nothing per call.
     type(graph_module).forward.__defaults__ = tuple(lifted.constants)
     forward = graph_module.forward
@@ -270,32 +274,38 @@ def run_inductor(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> C
     if inputs[0].device.type == "cpu":
         turn_narrow_products(graph_module)
         expand_small_products(graph_module)
-    lifted = _lift_constants(graph_module)
+        expand_tanh(graph_module)
+    lifted = lift_constants(graph_module)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compiled = compile_graph(lifted.graph_module, [*inputs, *lifted.constants], {"size_asserts": False})
-            program = _without_grad(_Lifted(compiled, lifted.constants, lifted.graph_module))
-            with torch.random.fork_rng(devices=[]):
-                program(*inputs)
+            every: list[Any] = [*(tensor.contiguous() for tensor in _apart(inputs)), *lifted.constants]
+            with written_modules() as modules:
+                compiled = compile_graph(lifted.graph_module, every, {"size_asserts": False})
+            with kept_randomness():
+                results = compiled(*every)
+                direct = one_kernel(modules, every, results) if inputs[0].device.type == "cpu" else None
+            program = _contiguous(Lifted(direct or compiled, lifted.constants, lifted.graph_module))
     except Exception as error:
         raise RuntimeError(f"inductor could not compile the recorded program: {error}") from error
-    return program
+    return _without_grad(program)
+
+
+def _contiguous(program: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled program for inputs of any strides: those of its example are written into it."""
+    is_contiguous = torch.Tensor.is_contiguous
+
+    def call(*inputs: torch.Tensor) -> Any:
+        if all(map(is_contiguous, inputs)):
+            return program(*inputs)
+        return program(*[tensor.contiguous() for tensor in inputs])
+
+    return call
 
 
 def _copy(graph_module: GraphModule) -> GraphModule:
     """A graph to rewrite, on the same constants: the data set is one of them."""
     return GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-
-
-class _Lifted:
-    """A program whose constants are passed as inputs: attribute look-ups on a module cost more than a small op."""
-
-    def __init__(self, call: Callable[..., Any], constants: list[torch.Tensor], graph_module: GraphModule) -> None:
-        self.call, self.constants, self.graph_module = call, constants, graph_module
-
-    def __call__(self, *inputs: torch.Tensor) -> Any:
-        return self.call(*inputs, *self.constants)
 
 
 def _without_grad(program: Callable[..., Any]) -> Callable[..., Any]:
@@ -320,44 +330,11 @@ def _mutates(graph_module: GraphModule) -> bool:
     )
 
 
-def _replace(graph_module: GraphModule, node: Node, replacement: Node) -> None:
-    node.replace_all_uses_with(replacement)
-    graph_module.graph.erase_node(node)
-
-
 def _drop_aliases(graph_module: GraphModule) -> None:
     for node in list(graph_module.graph.nodes):
         if node.op == "call_function" and node.target in _ALIASES:
-            _replace(graph_module, node, node.args[0])
+            replace(graph_module, node, node.args[0])
     graph_module.graph.eliminate_dead_code()
-
-
-def _fold_constants(graph_module: GraphModule) -> None:
-    """Evaluate once what depends on no input."""
-    graph = graph_module.graph
-    constants: dict[Node, torch.Tensor] = {}
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            constants[node] = getattr(graph_module, node.target)
-            continue
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or is_random(node):
-            continue
-        if node.target in (aten.ones_like.default, aten.zeros_like.default) and shape_of(node) is not None:
-            like, fill = node.meta["val"], float(node.target is aten.ones_like.default)
-            value = torch.full(like.shape, fill, dtype=like.dtype, device=like.device)
-        elif all(i in constants for i in node.all_input_nodes):
-            arguments = torch.fx.map_arg(node.args, lambda n: constants[n])
-            keywords = torch.fx.map_arg(node.kwargs, lambda n: constants[n])
-            with torch.no_grad():
-                value = node.target(*arguments, **keywords)
-        else:
-            continue
-        if not isinstance(value, torch.Tensor) or value.numel() > LARGEST_FOLDED_CONSTANT:
-            continue
-        folded = constant_node(graph_module, node, value)
-        constants[folded] = value
-        _replace(graph_module, node, folded)
-    graph.eliminate_dead_code()
 
 
 def _use_bindings(graph_module: GraphModule) -> None:
@@ -365,24 +342,3 @@ def _use_bindings(graph_module: GraphModule) -> None:
         if node.op == "call_function" and node.target in _BINDINGS:
             node.target = _BINDINGS[node.target]
     graph_module.recompile()
-
-
-def _lift_constants(graph_module: GraphModule) -> _Lifted:
-    graph = graph_module.graph
-    constants: list[torch.Tensor] = []
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    lifted: dict[str, Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "get_attr":
-            continue
-        if node.target not in lifted:
-            value = getattr(graph_module, node.target)
-            with graph.inserting_after(last):
-                last = graph.placeholder(f"constant_{len(constants)}")
-            last.meta["val"] = value
-            constants.append(value.detach())
-            lifted[node.target] = last
-        _replace(graph_module, node, lifted[node.target])
-    graph.eliminate_dead_code()
-    graph_module.recompile()
-    return _Lifted(graph_module.forward, constants, graph_module)

@@ -19,13 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from bnn.draw_blocks import evenly, numbers_at
 from bnn.run_statistics import RunStatistics, statistics_of
 
 # So many numbers of a function are looked at, of all sites together, and the fewest of one site.
 FUNCTION_VALUES, SITE_VALUES, FEWEST_OF_SITE = 400, 800, 10
-
-# Numbers that are read at once.
-NUMBERS_AT_ONCE = 1 << 24
 
 # Split R-hat needs two halves of two draws each.
 FEWEST_DRAWS = 4
@@ -174,23 +172,6 @@ class RunData:
             return [np.asarray(v, dtype=float) for v in (rhats, bulk, tail, mcse(found)["value"].values)]
 
 
-def blocks(variable: Any) -> Iterator[np.ndarray]:
-    """The values of a variable of the posterior, ``(chains, draws, numbers)``, some draws at a time."""
-    others = [dim for dim in variable.dims if dim not in ("chain", "draw")]
-    variable = variable.transpose("chain", "draw", *others)
-    chains, draws = variable.shape[:2]
-    size = max(1, variable.size // (chains * draws))
-    at_once = max(1, NUMBERS_AT_ONCE // (chains * size))
-    for start in range(0, draws, at_once):
-        values = np.asarray(variable.isel(draw=slice(start, start + at_once)).values)
-        yield values.reshape(chains, -1, size)
-
-
-def numbers_at(variable: Any, places: np.ndarray) -> np.ndarray:
-    """Some numbers of a variable of the posterior, ``(chains, draws, places)``."""
-    return np.concatenate([block[..., places].astype(float) for block in blocks(variable)], 1)
-
-
 def read(idata: Any) -> RunData:
     """The groups of ArviZ data: an ``InferenceData``, or a ``DataTree``; or of the store at a path.
 
@@ -225,11 +206,6 @@ def read(idata: Any) -> RunData:
     if "posterior" not in data.groups or not (data.sites or data.functions):
         raise ValueError("the posterior has no variable of numbers with the dimensions chain and draw.")
     return data
-
-
-def evenly(count: int, most: int) -> np.ndarray:
-    """At most ``most`` of ``count`` places, evenly spaced."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
 
 
 def autocorrelation(values: np.ndarray) -> np.ndarray:
@@ -268,7 +244,8 @@ def _liveliest_class(variable: Any, most: int) -> np.ndarray:
     *rows, classes = variable.shape[2:]
     count = int(np.prod(rows))
     places = evenly(count, most)
-    values = np.asarray(variable.values).reshape(-1, count, classes)[:, places]
+    values = numbers_at(variable, (places[:, None] * classes + np.arange(classes)).ravel())
+    values = values.reshape(-1, len(places), classes)
     return np.asarray(places * classes + values.std(0).argmax(-1))
 
 

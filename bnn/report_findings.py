@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bnn.draw_blocks import blocks
 from bnn.norm_identities import NORMS, norm_balance
-from bnn.report_data import FEWEST_DRAWS, Convergence, RunData, blocks, quiet
+from bnn.report_data import FEWEST_DRAWS, Convergence, RunData, quiet
 from bnn.temperature import verdict, wrong_temperature
 
 SERIOUS, CAUTION, NOTE = "serious", "caution", "note"

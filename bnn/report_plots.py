@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from bnn.draw_blocks import evenly
 from bnn.extras import library
 from bnn.norm_identities import NORMS, draw_residual, draw_sums, norm_balance
-from bnn.report_data import Convergence, RunData, autocorrelation, evenly, quiet
+from bnn.report_data import Convergence, RunData, autocorrelation, quiet
 from bnn.run_statistics import RunStatistics
 from bnn.temperature import LABELS
 

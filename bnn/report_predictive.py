@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bnn.report_data import RunData, evenly
+from bnn.draw_blocks import evenly
+from bnn.report_data import RunData
 from bnn.report_plots import INK, Panel, panel
 
 # Whole numbers of more values than this are counts, not classes.

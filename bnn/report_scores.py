@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bnn.leave_one_out import loo_report
+from bnn.randomness import kept_randomness
 from bnn.report_data import RunData
 from bnn.report_findings import CAUTION, NOTE, Finding
 from bnn.report_plots import Panel, panel
@@ -63,7 +64,7 @@ def own_generator() -> Iterator[None]:
     """Torch's global generator from a fixed seed, put back afterwards."""
     import torch
 
-    with torch.random.fork_rng(devices=[]):
+    with kept_randomness():
         torch.manual_seed(0)
         yield
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from bnn.draw_blocks import evenly, numbers_at
 from bnn.norm_identities import NORMS
 from bnn.per_site import equipartition
-from bnn.report_data import Convergence, RunData, evenly, numbers_at, quiet
+from bnn.report_data import Convergence, RunData, quiet
 from bnn.report_findings import RHAT, temperature_verdict
 from bnn.report_plots import Panel, of_norms, of_temperature
 from bnn.temperature import LABELS, measure

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from bnn.store import variable_of
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ class RunStatistics:
 
     :ivar stats: name -> ``(chains, draws)``, or ``(chains, draws, sites)`` for those per site.
     :ivar facts: what is known of the run as a whole: sites, seconds, gradient evaluations.
-    :ivar draws: draws per site, ``(chains, draws, ...)``.
+    :ivar draws: draws per site, ``(chains, draws, ...)``: arrays, or what is read from a file when it is sliced.
     """
 
     stats: Mapping[str, np.ndarray]
     facts: Mapping[str, Any]
-    draws: Mapping[str, np.ndarray]
+    draws: Mapping[str, Any]
 
     @property
     def sites(self) -> dict[str, SiteFacts]:
@@ -82,6 +84,11 @@ def statistics_of(run: Any) -> RunStatistics:
     facts = getattr(run, "run_facts", None)
     if facts is not None:
         stats = {name: value.numpy() for name, value in run.sample_stats.items()}
+        store = getattr(run, "store", None)
+        if store is not None:
+            from bnn.stored_draws import StoredGroup
+
+            return RunStatistics(stats, facts, StoredGroup(store.path, "posterior").arrays)
         draws = {name: value.cpu().numpy() for name, value in run.get_samples(group_by_chain=True).items()}
         return RunStatistics(stats, facts, draws)
     try:
@@ -91,28 +98,13 @@ def statistics_of(run: Any) -> RunStatistics:
             f"run is {type(run).__name__}; give a finished run of bnn.kernels.MCMC, or what bnn.to_arviz made of one, "
             "with its groups posterior and sample_stats."
         ) from None
+    # A store writes site names without slashes.
+    names = {variable_of(str(site)): str(site) for site in np.atleast_1d(stats.attrs.get("site_name", []))}
     return RunStatistics(
         {str(name): stats[name].values for name in stats.data_vars},
         stats.attrs,
-        _Values(draws),
+        {names.get(str(name), str(name)): draws[name] for name in draws.data_vars},
     )
-
-
-class _Values(Mapping[str, np.ndarray]):
-    """The values of a Dataset's variables, read when they are looked up."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        values: np.ndarray = self.dataset[name].values
-        return values
-
-    def __iter__(self) -> Iterator[str]:
-        return map(str, self.dataset.data_vars)
-
-    def __len__(self) -> int:
-        return len(self.dataset.data_vars)
 
 
 def site_facts(sites: Mapping[str, Any]) -> dict[str, Any]:

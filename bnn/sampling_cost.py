@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from bnn.run_statistics import RunStatistics, statistics_of
+from bnn.draw_blocks import evenly, numbers_at
+from bnn.run_statistics import statistics_of
 
 # Of a larger site, this many evenly spaced numbers are looked at.
 LARGEST_SITE = 200
@@ -19,7 +20,8 @@ def efficiency(run: Any) -> Any:
     sampling; setup (recording and compiling) and warm-up stand in the attributes. Of sites of more than 200 numbers
     200 are looked at, evenly spaced.
 
-    :param run: a finished run of ``bnn.kernels.MCMC`` with one of its kernels, or ``bnn.to_arviz`` of one.
+    :param run: a finished run of ``bnn.kernels.MCMC`` with one of its kernels, ``bnn.to_arviz`` of one, or the path of
+        a store, of which a block of draws is read at a time.
     :raises ValueError: for another run, or one of fewer than four draws.
 
     >>> import pyro, torch, pyro.distributions as dist
@@ -42,7 +44,7 @@ def efficiency(run: Any) -> Any:
     if next(iter(statistics.draws.values())).shape[1] < 4:
         raise ValueError("the run has fewer than four draws; an effective sample size needs at least four.")
     names = list(statistics.draws)
-    sizes = np.array([_smallest(statistics, name) for name in names])
+    sizes = np.array([_smallest(draws) for draws in statistics.draws.values()])
     gradients, seconds = statistics.facts["gradient_evaluations"], statistics.facts["sampling_time"]
     columns = {
         "ess_bulk": sizes,
@@ -57,15 +59,11 @@ def efficiency(run: Any) -> Any:
     )
 
 
-def _smallest(statistics: RunStatistics, name: str) -> float:
+def _smallest(draws: Any) -> float:
     from arviz import ess
 
-    values = statistics.draws[name]
-    values = values.reshape(*values.shape[:2], -1)
-    count = values.shape[-1]
-    if count > LARGEST_SITE:
-        values = values[..., np.linspace(0, count - 1, LARGEST_SITE).astype(int)]
-    return float(min(np.asarray(ess(values[..., i].astype(float), method="bulk")) for i in range(values.shape[-1])))
+    values = numbers_at(draws, evenly(int(np.prod(draws.shape[2:])), LARGEST_SITE))
+    return float(min(np.asarray(ess(values[..., place], method="bulk")) for place in range(values.shape[-1])))
 
 
 def describe_efficiency(run: Any) -> str:

@@ -11,12 +11,10 @@ import hashlib
 import io
 import os
 import pickle
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,21 +79,6 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of the random generators that Pyro seeds: PyTorch's on every device, NumPy's and Python's."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": np.random.get_state(), "python": random.getstate()}
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go back to a :func:`random_state`."""
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
 
 
 # ---- pickles of tensors that hold their own numbers only, in plain bytes

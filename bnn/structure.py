@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions import transforms as torch_transforms
 
+from bnn.devices import common_device, mismatch
+
 # Prior draws at which a model is tried before it is refused.
 PRIOR_DRAWS = 10
 
@@ -123,7 +125,9 @@ def structure_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
             normal=_fixed_normal(node, others[name]),
         )
         dtypes.append(unconstrained.dtype)
-        structure.device = unconstrained.device
+    structure.device = common_device({name: node["value"].device for name, node in latents.items()}, model)
+    for name, node in latents.items():
+        _check_device(name, node, structure.device)
     structure.dtype = functools.reduce(torch.promote_types, dtypes)
     return structure
 
@@ -145,7 +149,8 @@ def _run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, 
             if reader.refusal is not None:
                 raise reader.refusal from None
             if attempt == PRIOR_DRAWS - 1:
-                raise ValueError(_model_error(error, reader, args, kwargs)) from error
+                where = mismatch(model, args, kwargs)
+                raise ValueError(_model_error(error, reader, args, kwargs, where)) from error
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -207,12 +212,15 @@ def describe_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     return ", ".join([one(a) for a in args] + [f"{k}={one(v)}" for k, v in kwargs.items()]) or "no arguments"
 
 
-def _model_error(error: Exception, reader: _Reader, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+def _model_error(
+    error: Exception, reader: _Reader, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str
+) -> str:
     cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
     seen = ", ".join(f"{p.name!r} ({p.batch_size} of {p.size} rows)" for p in reader.plates.values())
     inside = ", ".join(f"{site!r} in {plate!r}" for site, plate in reader.inside.items())
     return (
         f"the model does not run on the arguments it was given ({describe_arguments(args, kwargs)}): {cause}. "
+        + where
         + (f"Its subsampling plates are {seen}. " if seen else "")
         + (
             f"Latent sites inside plates: {inside}; a plate draws one value per row, so weights belong before it. "
@@ -271,6 +279,20 @@ def _is_identity(transform: Any) -> bool:
 def _transform_of(fn: Any) -> torch_transforms.Transform | None:
     transform = biject_to(fn.support)
     return None if _is_identity(transform) else transform
+
+
+def _check_device(name: str, site: Any, device: torch.device) -> None:
+    """That a prior drawn on the CPU gives the density of a value elsewhere: not if its own tensors have dimensions."""
+    if site["value"].device == device:
+        return
+    try:
+        with torch.no_grad():
+            site["fn"].log_prob(site["value"].to(device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"the prior of site {name!r} is on {site['value'].device}, the model's other sites are on {device}: make "
+            f"its tensors there, as by torch.zeros(..., device={str(device)!r})."
+        ) from error
 
 
 def _fixed_normal(site: Any, other: Any) -> tuple[float, float] | None:

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from bnn.cuda_graphs import captured
+from bnn.randomness import kept_randomness
 from bnn.recording import run_fx, run_inductor
 
-TIERS = ("auto", "inductor", "fx", "handlers")
+TIERS = ("auto", "inductor", "fx", "cuda_graph", "handlers")
 
 # Seconds that a run must last in the fx tier before a compilation, about ten seconds when cold, can repay itself.
 SECONDS_TO_REPAY = 25.0
@@ -49,10 +51,24 @@ def over_chains(program: Program, per_chain: Sequence[bool]) -> Program:
 
     def loop(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         chains = next(len(t) for t, flag in zip(tensors, per_chain, strict=True) if flag)
-        outputs = [program(*one_chain(tensors, per_chain, chain)) for chain in range(chains)]
-        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+        if chains == 1:
+            return program(*tensors)
+        results: tuple[torch.Tensor, ...] = ()
+        for chain in range(chains):
+            results = _put(results, program(*one_chain(tensors, per_chain, chain)), chain, chains)
+        return results
 
     return Program(loop, program.tier)
+
+
+def _put(
+    results: tuple[torch.Tensor, ...], parts: Sequence[torch.Tensor], chain: int, chains: int
+) -> tuple[torch.Tensor, ...]:
+    """The results of all chains, with those of one in their place: so that no two chains' lie about besides."""
+    results = results or tuple(part.new_empty((chains, *part.shape[1:])) for part in parts)
+    for result, part in zip(results, parts, strict=True):
+        result[chain : chain + 1] = part
+    return results
 
 
 def one_chain(tensors: Sequence[torch.Tensor], per_chain: Sequence[bool], chain: int = 0) -> list[torch.Tensor]:
@@ -77,10 +93,12 @@ def choose(
 
     :param graph_module: the recording.
     :param inputs: example inputs; must be left unchanged by the program.
-    :param compile: ``"fx"``, ``"inductor"``, or ``"auto"`` to take the faster where that repays its compilation.
+    :param compile: ``"fx"``, ``"inductor"``, ``"cuda_graph"`` (:mod:`bnn.cuda_graphs`), or ``"auto"`` to take the
+        faster of the first two where that repays its compilation.
     :param calls: how often the program will run, as far as is known.
     :param decided: what ``"auto"`` was decided to be, of programs by their hash: is kept to, and added to.
-    :raises RuntimeError: if ``compile="inductor"`` and inductor cannot compile.
+    :raises RuntimeError: if ``compile="inductor"`` and inductor cannot compile, or what is to be a CUDA graph cannot.
+    :raises ValueError: if ``compile="cuda_graph"`` and there are tensors elsewhere than on a CUDA device.
     """
     if compile == "auto" and calls > 0 and decided is not None:
         key = _hash_of(graph_module, inputs)
@@ -91,6 +109,9 @@ def choose(
         compile = decided[key]
     if compile == "inductor":
         return Program(run_inductor(graph_module, inputs), "inductor")
+    if compile == "cuda_graph":
+        with kept_randomness():
+            return Program(captured(run_fx(graph_module), inputs), "cuda_graph")
     program = Program(run_fx(graph_module), "fx")
     if compile == "fx" or calls <= 0:
         return program
@@ -114,18 +135,23 @@ def choose(
 
 def _seconds(program: Program, inputs: Sequence[torch.Tensor], budget: float = 0.2) -> float:
     """Median seconds of one call. A program that draws random numbers leaves the generator as it was."""
-    devices = [inputs[0].device] if inputs[0].is_cuda else []
-    with torch.random.fork_rng(devices=devices):
+    with kept_randomness():
         times: list[float] = []
         program(*inputs)
+        _wait_for(inputs[0].device)
         end = time.perf_counter() + budget
         while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
             start = time.perf_counter()
             program(*inputs)
-            if devices:
-                torch.cuda.synchronize()
+            _wait_for(inputs[0].device)
             times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given: a call returns before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _hash_of(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> str:
@@ -135,6 +161,8 @@ def _hash_of(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> str:
         str([(name, tuple(b.shape)) for name, b in graph_module.named_buffers()]),
         torch.__version__,
         str(torch.get_num_threads()),
+        torch.get_float32_matmul_precision(),
+        *sorted({torch.cuda.get_device_name(t.device) for t in inputs if t.is_cuda}),
     ]
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:32]
 

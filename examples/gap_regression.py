@@ -1,10 +1,10 @@
 """What a posterior knows where there are no data: a curve with a gap, and the posteriors of the library side by side.
 
-One net, one prior, one noise, 60 points on both sides of a gap. Every posterior of the library is fitted to the same
-Pyro model, and each panel shows its mean, two standard deviations of the net (dark) and two with the noise (light).
-Hamiltonian Monte Carlo, exact at any step size, is the reference; the number in each panel is the distance of a
-posterior's predictions from it: the largest difference of the means, in its standard deviations, and the mean ratio of
-standard deviations in the gap. Writes gap_regression.png. Runs in about a minute on two cores.
+One net, one prior, one noise, 60 points on both sides of a gap. Twelve posteriors are fitted to the same Pyro model
+(compare_posteriors.py has more of them), and each panel shows its mean, two standard deviations of the net (dark) and
+two with the noise (light). Hamiltonian Monte Carlo, exact at any step size, is the reference; the number in each panel
+is the distance of a posterior's predictions from it: the largest difference of the means, in its standard deviations,
+and the mean ratio of standard deviations in the gap. Writes gap_regression.png. Runs in about a minute on two cores.
 """
 
 import argparse

@@ -6,6 +6,11 @@ Stop it with Ctrl-C, kill it with `kill -9`, or let it kill itself:
     python examples/long_run.py                      # goes on from the last checkpoint
     python examples/long_run.py --draws 4000         # later: more draws of the same chains
 
+In several processes, each with its share of the chains, or of the rows of every minibatch, into one store. One that
+dies ends all; torchrun starts them again, and they resume:
+
+    torchrun --nproc-per-node=2 --max-restarts=3 examples/long_run.py --ranks chains --store ranks.zarr
+
 The draws are those of a run that was never interrupted, bit for bit. While it runs, `bnn.to_arviz("long_run.zarr")` in
 another process shows what is there so far. Takes under a minute on two cores.
 """
@@ -53,14 +58,18 @@ def main():
     parser.add_argument("--draws", type=int, default=2000, help="of each chain, in all")
     parser.add_argument("--store", default="long_run.zarr", help="where the draws go")
     parser.add_argument("--fresh", action="store_true", help="remove the store and start anew")
+    parser.add_argument("--ranks", choices=("chains", "data"), help="under torchrun: what the processes share out")
     parser.add_argument("--kill-after", type=float, metavar="SECONDS", help="end by SIGKILL so long after the start")
     options = parser.parse_args()
     draws = 300 if options.quick else options.draws
-    if options.fresh:
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes: this one speaks
+    if options.fresh and first:
         shutil.rmtree(options.store, ignore_errors=True)
 
     found = there(options.store)
-    if found is None:
+    if not first:
+        pass
+    elif found is None:
         print(f"Starts {options.store}, with seed {options.seed}.", flush=True)
     else:
         print(f"Resumes {options.store}: {found} of {draws} draws of each chain are there.", flush=True)
@@ -76,8 +85,11 @@ def main():
         num_chains=4,
         store=bnn.Store(options.store, checkpoint_every=1.0),
         resume=True,
+        ranks=options.ranks,
     )
     mcmc.run(x, y)
+    if not first:
+        return
 
     print(mcmc.temperature_report())
     grid = torch.linspace(-4.0, 4.0, 9).unsqueeze(-1)

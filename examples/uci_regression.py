@@ -49,7 +49,7 @@ SCORES = ("RMSE", "log-likelihood", "ELBO", "s/epoch")
 # ---- the model
 
 
-def model(x, y, noise="gamma", batch_size=None):
+def model(x, y=None, noise="gamma", batch_size=None):
     """A net with one hidden layer, and noise of unknown precision (``"gamma"``) or of a learned scale."""
 
     def normal(name, *shape):
@@ -66,7 +66,7 @@ def model(x, y, noise="gamma", batch_size=None):
     else:
         scale = pyro.param("noise_scale", torch.tensor(0.5), constraint=constraints.positive)
     with pyro.plate("data", len(x), subsample_size=batch_size) as rows:
-        pyro.sample("y", dist.Normal(net(weights, x[rows]), scale), obs=y[rows])
+        pyro.sample("y", dist.Normal(net(weights, x[rows]), scale), obs=None if y is None else y[rows])
 
 
 def net(weights, x):
@@ -116,15 +116,16 @@ def annealed(method, lr, epochs):
     return pyro.optim.LambdaLR({"optimizer": method.optimizer, "optim_args": settings, "lr_lambda": factor})
 
 
-def fit(method, lr, x, y, options):
-    """A trained guide, and the seconds that an epoch took."""
+def fit(method, lr, x, y, options, rows=None):
+    """A trained guide, and the seconds that an epoch took; ``rows`` are those of x unless given."""
+    rows = len(x) if rows is None else rows
     pyro.clear_param_store()
     guide, optimizer = method.guide(model), annealed(method, lr, options.epochs)
     svi = SVI(model, guide, optimizer, method.loss())
-    batch_size = min(options.batch_size, len(x))
+    batch_size = min(options.batch_size, rows)
     start = time.perf_counter()
     for _ in range(options.epochs):
-        for _ in range(math.ceil(len(x) / batch_size)):
+        for _ in range(math.ceil(rows / batch_size)):
             svi.step(x, y, options.noise, batch_size)
         optimizer.step()
     return guide, (time.perf_counter() - start) / options.epochs
@@ -201,16 +202,22 @@ def draw(guide, split, options):
 
 
 @torch.no_grad()
-def score(guide, split, options):
-    """Test RMSE and log-likelihood of the posterior predictive in the target's units, and training ELBO in nats."""
-    draws = draw(guide, split, options)
+def predictive_scores(draws, split):
+    """Test RMSE and log-likelihood of the mean of the draws' predictive laws, in the target's units."""
     mean = net(draws, split.x_test)
     scale = draws["precision"].rsqrt().unsqueeze(-1) if "precision" in draws else pyro.param("noise_scale").detach()
     rmse = split.width * (mean.mean(0) - split.y_test).square().mean().sqrt()
     log_probs = dist.Normal(mean, scale).log_prob(split.y_test)
     log_likelihood = (log_probs.logsumexp(0) - math.log(len(mean))).mean() - math.log(split.width)
+    return rmse.item(), log_likelihood.item()
+
+
+@torch.no_grad()
+def score(guide, split, options):
+    """The predictive scores, and the training ELBO in nats."""
+    scores = predictive_scores(draw(guide, split, options), split)
     elbo = -Trace_ELBO(num_particles=options.particles).loss(model, guide, split.x, split.y, options.noise)
-    return rmse.item(), log_likelihood.item(), elbo
+    return *scores, elbo
 
 
 def tuned(method, split, options):
@@ -287,13 +294,14 @@ def report(results, baseline="bbb"):
                 print(row.format(kind, *(with_error(column, signed=True) for column in difference.T)))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description, methods):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=Path, help="a folder of .npz files with X, y and perhaps train_idx, test_idx")
     source.add_argument("--openml", nargs="+", help="names of data sets at openml.org")
     parser.add_argument("--data-set", nargs="+", help="names: files of --data, or of scikit-learn's (diabetes)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods), help="default: all")
     parser.add_argument("--noise", choices=("gamma", "learned"), default="gamma", help="default: gamma")
     parser.add_argument("--splits", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=400)
@@ -304,6 +312,11 @@ def main():
     parser.add_argument("--save", type=Path, help="append scores to this file, and take from it what it has")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers but the splits (default 0)")
     parser.add_argument("--quick", action="store_true", help="two splits and few epochs: to see that it runs")
+    return parser
+
+
+def main():
+    parser = parser_of(__doc__, METHODS)
     options = parser.parse_args()
     if not (options.data or options.openml) and set(options.data_set or ()) - set(BUNDLED):
         parser.error(f"--data-set without --data: choose from {', '.join(BUNDLED)}")

@@ -23,6 +23,7 @@ from bnn.model_graph import ModelGraph
 from bnn.observations import Chunk as Window
 from bnn.observations import windows
 from bnn.per_datum import LARGEST_GRADIENTS, gradients_per_datum
+from bnn.randomness import kept_randomness
 
 Values = Mapping[str, Tensor]
 
@@ -48,7 +49,7 @@ class Recorded:
         label_samples: int = 1,
     ) -> None:
         self.curvature = curvature
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with kept_randomness(), torch.enable_grad():
             self.graph = ModelGraph(model, args, kwargs, curvature=curvature, label_samples=label_samples)
             device = self.graph.structure.device
             inputs = [*(torch.arange(p.batch_size, device=device) for p in self.graph.plates), *self.graph.data]

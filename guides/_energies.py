@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from bnn.minibatch import Arguments, Stream
 from bnn.model_graph import Key, ModelGraph
 from bnn.potential import LARGEST_VECTORIZED_DIM
+from bnn.randomness import kept_randomness
 from bnn.recording import RecordingError, has_convolution, record
 from bnn.tiers import Program, choose, one_chain, over_chains
 
@@ -59,7 +60,8 @@ class Energies:
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], count: int, compile: str
     ) -> None:
         self.count, self.compile = count, compile
-        self.graph = ModelGraph(model, *for_one(args, kwargs))
+        with kept_randomness():  # a training that goes on records anew, and must go on the same
+            self.graph = ModelGraph(model, *for_one(args, kwargs))
         self.structure = self.graph.structure
         plates = [(plate.size, plate.batch_size) for plate in self.graph.plates]
         self._stream = Stream(plates, None, count, device=self.structure.device)
@@ -95,6 +97,14 @@ class Energies:
             self._program = self._recorded(tensors)
         energies, grads, *others = self._program(*tensors)
         return energies, grads, list(others)
+
+    def state(self) -> list[dict[str, Tensor]]:
+        """Where the minibatches stand, for a checkpoint."""
+        return self._stream.rows_state()
+
+    def load_state(self, state: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on where those stood whose :meth:`state` this is."""
+        self._stream.load_rows_state(state)
 
     @property
     def parameters(self) -> list[Tensor]:

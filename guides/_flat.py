@@ -62,6 +62,11 @@ class FlatGuide(KeptGuide):
         del position
         return {}
 
+    def flat_log_density(self, positions: Tensor) -> Tensor:
+        """The sum of :meth:`log_density` over the sites, ``(...)`` for positions ``(..., dim)``."""
+        total: Tensor = sum(self.log_density(positions).values(), positions.new_zeros(positions.shape[:-1]))
+        return total
+
     # ---- what they share
 
     @property
@@ -123,7 +128,7 @@ class FlatGuide(KeptGuide):
         """Points ``(points, dim)`` out of values of the sites in the model's own space, one leading dimension."""
         pieces = []
         for name, site in self.structure.sites.items():
-            value = values[name].detach()
+            value = values[name].detach().to(self.structure.device)
             pieces.append((value if site.transform is None else site.transform.inv(value)).reshape(len(value), -1))
         return torch.cat(pieces, 1).to(self.structure.device, self.structure.dtype)
 

@@ -20,6 +20,7 @@ from bnn.guides.matrix_normal import MatrixBlock
 from bnn.layers import Use
 from bnn.model_graph import ModelGraph, reaching
 from bnn.per_datum import Block as Data
+from bnn.randomness import kept_randomness
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Blocks:
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], settings: PointSettings
     ) -> None:
         self.settings = settings
-        with torch.random.fork_rng(devices=[]):
+        with kept_randomness():
             self.graph = ModelGraph(
                 model, args, kwargs, curvature=settings.curvature, label_samples=settings.label_samples
             )

@@ -21,6 +21,27 @@ RAISES = 6
 Found = TypeVar("Found")
 
 
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric matrix, if need be in double precision.
+
+    In single precision LAPACK gives up on some wide matrices of low rank, as second moments of few data are, or returns
+    NaN.
+
+    :raises RuntimeError: if it does so in double precision, too.
+    """
+    for dtype in (matrix.dtype, torch.float64):
+        try:
+            values, vectors = torch.linalg.eigh(matrix.to(dtype))
+        except torch.linalg.LinAlgError:
+            continue
+        if torch.isfinite(vectors.sum()):
+            return values.to(matrix.dtype), vectors.to(matrix.dtype)
+    raise RuntimeError(
+        f"a second moment of shape {tuple(matrix.shape)} has no eigenvectors, in double precision either: look for "
+        "NaN and very large numbers in the data, and lower the learning rate."
+    )
+
+
 def damped(inputs: Tensor, outputs: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """A + π √γ I and S + √γ/π I."""
     means = [float(moment.diagonal().mean().clamp_min(1e-30)) for moment in (inputs, outputs)]

@@ -23,6 +23,7 @@ from torch import Tensor
 from bnn.guides._all_data import Reading, Recorded, hessian, hessian_diagonal
 from bnn.guides._base import LARGEST_SIDE
 from bnn.guides._blocks import LatentSite
+from bnn.guides._kronecker import eigh
 from bnn.guides._laplace_blocks import DenseBlock, DiagonalBlock, EigenBlock, LaplaceBlock
 from bnn.layers import Use
 from bnn.per_datum import Block as Data
@@ -173,7 +174,7 @@ class Curvature:
         """Eigenvectors of the factors."""
         for name in self.layers:
             outputs, inputs = self._factors(name)
-            self.bases[name] = torch.linalg.eigh(outputs)[1], torch.linalg.eigh(inputs)[1]
+            self.bases[name] = eigh(outputs)[1], eigh(inputs)[1]
 
     def correct(self, reading: Reading) -> None:
         """One chunk of the second pass."""
@@ -216,7 +217,7 @@ class Curvature:
                     rows, cols = self.bases[name]
                     values = self.sums["moment", name]
                 else:
-                    (of_rows, rows), (of_cols, cols) = torch.linalg.eigh(outputs), torch.linalg.eigh(inputs)
+                    (of_rows, rows), (of_cols, cols) = eigh(outputs), eigh(inputs)
                     values = of_rows.clamp_min(0)[:, None] * of_cols.clamp_min(0)
                 result.append(EigenBlock(site, rows, cols, values, self.layers[name]))
             elif name in self.dense:

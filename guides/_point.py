@@ -21,6 +21,7 @@ from bnn.minibatch import Stream
 from bnn.model_graph import Key as TermKey
 from bnn.model_graph import Terms
 from bnn.per_datum import PerDatum, joined, per_datum, squares_per_datum
+from bnn.randomness import kept_randomness
 from bnn.ranks import Ranks
 from bnn.recording import record
 from bnn.tiers import Program, choose
@@ -163,7 +164,7 @@ class Point:
                 layout[:] = found
                 return tuple(found.values())
 
-            with torch.random.fork_rng(devices=[]):
+            with kept_randomness():
                 self._programs[key] = choose(record(call, tensors), tensors, self.settings.compile, calls=1), layout
         program, layout = self._programs[key]
         return dict(zip(layout, program(*tensors), strict=True))

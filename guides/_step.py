@@ -23,6 +23,7 @@ from bnn.guides._estimate import Estimate, Estimator, Settings
 from bnn.guides._thin import Thin
 from bnn.minibatch import Stream
 from bnn.model_graph import ModelGraph
+from bnn.randomness import kept_randomness
 from bnn.ranks import Ranks
 from bnn.recording import record
 from bnn.tiers import Program, choose
@@ -85,7 +86,7 @@ class Step:
             self.share = Share(ranks, model, args, kwargs)
             model, args, kwargs = self.share.model, self.share.args, self.share.kwargs
         probes = None if settings.curvature == "reparametrization" else settings.curvature
-        with torch.random.fork_rng(devices=[]):
+        with kept_randomness():
             self.graph = ModelGraph(model, args, kwargs, curvature=probes, label_samples=settings.label_samples)
             device = self.graph.structure.device
             rows = [torch.arange(plate.batch_size, device=device) for plate in self.graph.plates]
@@ -245,7 +246,7 @@ class Step:
             outputs, layout[:] = _flatten(self._combine(params, particles))
             return tuple(outputs)
 
-        with torch.random.fork_rng(devices=[]):  # a run that resumes here draws what the first one drew
+        with kept_randomness():  # a run that resumes here draws what the first one drew
             program = choose(record(function, tensors), tensors, self.settings.compile, calls=1)
         return _Recorded(program, layout)
 

@@ -26,6 +26,7 @@ from torch.distributions import constraints
 from bnn.distributions import EigenNormal
 from bnn.guides._base import NaturalGuide
 from bnn.guides._blocks import Curvature, Factors, LatentSite, Params
+from bnn.guides._kronecker import eigh
 from bnn.guides.matrix_normal import Layout
 
 
@@ -105,7 +106,7 @@ class EigenBlock(Layout):
             fresh = targets[f"{side}_moment"]
             first = not bool(moment.any())
             moment.copy_(fresh if first else torch.lerp(moment, fresh, rate))
-            basis = torch.linalg.eigh(moment)[1]
+            basis = eigh(moment)[1]
             turned[side] = (basis.mT @ params[f"{side}_basis"]).square()
             params[f"{side}_basis"].copy_(basis)
         precision = turned["row"] @ params["eigen_scale"].detach() ** -2 @ turned["col"].mT

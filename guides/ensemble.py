@@ -108,8 +108,8 @@ class AutoEnsemble(FlatGuide):
                 start[self.structure.sites[name].slice] = value.detach().reshape(-1)
 
     def _drawn_anchors(self) -> Tensor:
-        anchors = torch.zeros(self.members, self.structure.dim, dtype=self.structure.dtype)
-        anchors = anchors.to(self.structure.device)
+        like = self.structure
+        anchors = torch.zeros(self.members, like.dim, dtype=like.dtype, device=like.device)
         normal = {name: site for name, site in self.structure.sites.items() if site.normal is not None}
         if not normal:
             raise ValueError(

@@ -69,6 +69,7 @@ class TraceEnsemble_ELBO(Trace_ELBO):
             )
         self.repulsion, self.compile = repulsion, compile
         self._energies: weakref.WeakKeyDictionary[Any, dict[Any, Energies]] = weakref.WeakKeyDictionary()
+        self._resumed: dict[str, Any] = {}
 
     # ---- what Pyro asks for
 
@@ -78,7 +79,7 @@ class TraceEnsemble_ELBO(Trace_ELBO):
         in_loss, in_gradient = self.weights(points)
         energies, gradients, own = evaluate(points, args, kwargs)
         with torch.enable_grad():
-            log_q = sum(guide.log_density(points).values(), torch.zeros_like(in_loss))
+            log_q = guide.flat_log_density(points).to(in_loss.dtype)
         loss = float(in_loss @ (energies + log_q.detach()))
         if self.repulsion is not None:  # forces act on the whole gradient
             if log_q.requires_grad:
@@ -101,7 +102,21 @@ class TraceEnsemble_ELBO(Trace_ELBO):
         points, evaluate = self._prepared(model, guide, args, kwargs)
         energies, *_ = evaluate(points, args, kwargs)
         in_loss, _ = self.weights(points)
-        return float(in_loss @ sum(guide.log_density(points).values(), energies))
+        return float(in_loss @ (energies + guide.flat_log_density(points)))
+
+    # ---- checkpoints
+
+    def training_state(self, guide: Any) -> dict[str, Any]:
+        """The order of the minibatches, which :func:`bnn.checkpoint` asks for."""
+        return {**self._resumed, **{_name(key): one.state() for key, one in self._energies.get(guide, {}).items()}}
+
+    def load_training_state(
+        self, model: Any, guide: Any, state: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Go on from another training's :meth:`training_state`."""
+        del model, args, kwargs
+        self._energies.pop(guide, None)
+        self._resumed = dict(state)
 
     # ---- for subclasses
 
@@ -136,7 +151,14 @@ class TraceEnsemble_ELBO(Trace_ELBO):
         key = id(model), len(points), _kind(args, kwargs)
         if key not in known:
             known[key] = Energies(model, args, kwargs, len(points), self.compile)
+            if (resumed := self._resumed.pop(_name(key), None)) is not None:
+                known[key].load_state(resumed)
         return points, known[key]
+
+
+def _name(key: tuple[Any, ...]) -> str:
+    """The same in every process: without the model's number."""
+    return repr(key[1:])
 
 
 def _kind(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -8,6 +8,11 @@ Natural gradient of L = E_q[log p(D|w)] − λ KL(q‖p) (Khan and Nielsen 2018;
 
 Squares are per datum, never of the minibatch's mean, which would lose a factor of about the batch size; and there is no
 square root. The fixed point for linear regression has the exact mean and precision diag(Λ*).
+
+VOGN (Khan et al. 2018, "Fast and scalable Bayesian deep learning by weight-perturbation in Adam") is this guide under
+``TraceNaturalGradient_ELBO("empirical", stick_the_landing=False, trust_region=None)`` and
+``NaturalGradientDescent(lr=α, precision_lr=ρ)``: squares of the observed gradients, at the draw. Here the mean moves by
+the covariance before the step, in the paper by that after it.
 """
 
 from __future__ import annotations
@@ -158,8 +163,8 @@ class AutoFactorizedNormal(NaturalGuide):
     """A factorized Gaussian over all latent sites, in unconstrained space.
 
     With :class:`~bnn.guides.TraceNaturalGradient_ELBO` and :class:`~bnn.guides.NaturalGradientDescent` it is trained by
-    natural gradients (noisy Adam without the square root); with Pyro's ``Trace_ELBO`` and optimizers it is Bayes by
-    Backprop. Parameters: ``loc`` and ``scale``, flat vectors over all sites in the order of the model.
+    natural gradients (noisy Adam without the square root, or VOGN); with Pyro's ``Trace_ELBO`` and optimizers it is
+    Bayes by Backprop. Parameters: ``loc`` and ``scale``, flat vectors over all sites in the order of the model.
 
     :param model: a Pyro model.
     :param init_loc_fn: where the locations start: a name of :func:`bnn.initialization.strategy_of` or one of Pyro's

@@ -12,14 +12,14 @@ quadratic with curvature a, h settles near a + (1 − β₂) a² / (a + δ), sli
 
 ``AutoFactorizedNormal`` with ``TraceNaturalGradient_ELBO("reparametrization")`` is the same estimator with two changes
 that lessen its noise: the score ε is subtracted from the gradient, so that the noise of ĥ vanishes at a Gaussian
-posterior, and the correction ½ ρ² (...)² is made only where the target is negative. VOGN (Khan et al. 2018) is
-``AutoFactorizedNormal`` with ``TraceNaturalGradient_ELBO("empirical", stick_the_landing=False, trust_region=None)`` and
-``NaturalGradientDescent(lr, precision_lr=β)``: squares of gradients per datum, a running mean of rate β, no root.
+posterior, and the correction ½ ρ² (...)² is made only where the target is negative. VOGN is a setting of it too, see
+:mod:`bnn.guides.factorized_normal`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +31,61 @@ from bnn.guides._flat import FlatGuide
 
 # Attribute of the parameter: what the optimizer needs of the guide.
 SETTINGS = "bnn_ivon"
+
+
+@dataclass
+class Settings:
+    """What the guide leaves on its parameter for the optimizer.
+
+    :ivar num_data: N.
+    :ivar hess_init: h₀.
+    :ivar prior_loc: m₀.
+    :ivar decay: δ.
+    :ivar start: the parameter before the first step, until the optimizer has taken it.
+    """
+
+    num_data: float
+    hess_init: float
+    prior_loc: Tensor
+    decay: Tensor
+    start: Tensor | None
+
+
+class _Refusal(torch.autograd.Function):
+    """A draw that the parameter cannot be trained through."""
+
+    @staticmethod
+    def forward(ctx: Any, draw: Tensor, parameter: Tensor) -> Tensor:
+        """The draw."""
+        del ctx, parameter
+        return draw.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """:raises ValueError: always."""
+        raise ValueError(
+            "AutoIVON is trained by TraceEnsemble_ELBO(num_particles=k) and the optimizer IVON of bnn.guides; for "
+            "other losses, such as Trace_ELBO, use AutoFactorizedNormal, which is the same family."
+        )
+
+
+class _Draws(torch.autograd.Function):
+    """m + σ ε, whose gradient with respect to the second row of the state is N ĥ = Σ ε ∂U/∂z / σ."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
+        """The draws, of the shape of the noise."""
+        ctx.save_for_backward(scale, noise)
+        return torch.addcmul(state[0], scale, noise)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Both rows of the state's gradient."""
+        (grad,), (scale, noise) = grads, ctx.saved_tensors
+        rows = torch.empty(2, len(scale), dtype=grad.dtype, device=grad.device)
+        torch.sum(grad, 0, out=rows[0])
+        torch.sum(grad * noise, 0, out=rows[1]).div_(scale)
+        return rows, None, None
 
 
 class AutoIVON(FlatGuide):
@@ -46,7 +101,8 @@ class AutoIVON(FlatGuide):
     :param init_loc_fn: where m starts: a name of :func:`bnn.initialization.strategy_of`, or one of Pyro's
         ``init_to_*`` functions.
     :param create_plates: as for Pyro's guides.
-    :raises ValueError: if ``num_data``, ``kl_weight`` or ``hess_init`` is not positive.
+    :raises ValueError: if ``num_data``, ``kl_weight`` or ``hess_init`` is not positive; later, under another loss or
+        another optimizer.
 
     >>> import bnn, pyro, torch
     >>> from bnn.guides import IVON, AutoIVON, TraceEnsemble_ELBO
@@ -90,22 +146,42 @@ class AutoIVON(FlatGuide):
         self.register_buffer("decay", decay)
         self.state = PyroParam(torch.stack([start, torch.full_like(start, self.hess_init)]), event_dim=2)
 
+    def _checked(self) -> Any:
+        """The parameter.
+
+        :raises ValueError: if the first step was another optimizer's, to which ĥ is a gradient of h.
+        """
+        state = self.state
+        settings: Settings | None = getattr(state, SETTINGS, None)
+        if settings is not None and settings.start is not None and not torch.equal(settings.start, state.detach()):
+            raise ValueError(
+                "AutoIVON was moved by another optimizer than IVON: h, the second row of its state, has an estimate in "
+                "place of a gradient. Use bnn.guides.IVON, and make the guide anew; for other optimizers use "
+                "AutoFactorizedNormal."
+            )
+        return state
+
     def scale(self) -> Tensor:
-        """Σ of each entry."""
-        return (self.ess * (self.state[1].detach() + self.decay)).rsqrt()
+        """σ of each entry."""
+        return (self.ess * (self._checked()[1].detach() + self.decay)).rsqrt()
 
     @pyro_method
     def particles(self, count: int) -> Tensor:
         """Draws whose gradient with respect to the second row of ``state`` is N ĥ."""
         state, scale = self.state, self.scale()
-        setattr(state, SETTINGS, (self.num_data, self.hess_init, self.prior_loc, self.decay))
+        if torch.is_grad_enabled():
+            known: Settings | None = getattr(state, SETTINGS, None)
+            start = state.detach().clone() if known is None else known.start
+            setattr(state, SETTINGS, Settings(self.num_data, self.hess_init, self.prior_loc, self.decay, start))
         noise = torch.randn(count, len(scale), dtype=scale.dtype, device=scale.device)
-        return state[0] + scale * noise + (state[1] - state[1].detach()) * noise / scale
+        draws: Tensor = _Draws.apply(state, scale, noise)
+        return draws
 
     @pyro_method
     def position(self) -> Tensor:
-        """One draw, without gradient: Pyro's own ELBOs do not see the Normal priors."""
-        return self.flat_draws(1)[0]
+        """One draw, through which Pyro's own ELBOs cannot train."""
+        draw: Tensor = _Refusal.apply(self.flat_draws(1)[0], self.state)
+        return draw
 
     def log_density(self, position: Tensor) -> dict[str, Tensor]:
         """The log Normal priors, up to constants: taken out of the energy, since the optimizer has them exactly."""
@@ -116,6 +192,12 @@ class AutoIVON(FlatGuide):
                 result[name] = -0.5 * ((position[..., site.slice] - loc) / scale).square().sum(-1)
         return result
 
+    @pyro_method
+    def flat_log_density(self, positions: Tensor) -> Tensor:
+        """The same in all, of all entries at once."""
+        total: Tensor = (positions - self.prior_loc).square() @ (-0.5 * self.ess * self.decay)
+        return total
+
     @torch.no_grad()
     def flat_draws(self, num_samples: int) -> Tensor:
         """Draws from N(m, σ²)."""
@@ -125,7 +207,8 @@ class AutoIVON(FlatGuide):
     @torch.no_grad()
     def flat_median(self) -> Tensor:
         """The mean m."""
-        return self.state[0].detach().clone()
+        mean: Tensor = self._checked()[0].detach().clone()
+        return mean
 
 
 class IVONOptimizer(torch.optim.Optimizer):
@@ -164,19 +247,22 @@ class IVONOptimizer(torch.optim.Optimizer):
                     self._move(leaf, group)
 
     def _move(self, leaf: Tensor, group: dict[str, Any]) -> None:
-        num_data, first, prior, decay = getattr(leaf, SETTINGS)
+        settings: Settings = getattr(leaf, SETTINGS)
         assert leaf.grad is not None
-        grad, hess = leaf.grad / num_data
+        settings.start, decay = None, settings.decay
+        (grad, hess), (loc, curvature) = leaf.grad, leaf
         state, rate = self.state[leaf], 1.0 - group["beta2"]
         state["step"] = state.get("step", 0) + 1
         momentum = state.setdefault("momentum", torch.zeros_like(grad))
-        momentum.lerp_(grad, 1.0 - group["beta1"])
-        loc, curvature = leaf
-        apart = hess - curvature
-        curvature.add_(rate * apart + 0.5 * rate**2 * apart.square() / (curvature + decay))
-        direction = momentum / (1.0 - group["beta1"] ** state["step"]) + decay * (loc - prior)
-        direction = (direction / (curvature + decay)).clamp(-group["clip_radius"], group["clip_radius"])
-        loc.sub_(group["lr"] * (first + decay) * direction)
+        momentum.mul_(group["beta1"]).add_(grad, alpha=(1.0 - group["beta1"]) / settings.num_data)
+        # Two vectors of memory, whatever the formulas' length: of large nets all else is in place.
+        work, damped = (hess / settings.num_data).sub_(curvature), curvature + decay
+        curvature.add_(work, alpha=rate)
+        curvature.addcdiv_(work.square_(), damped, value=0.5 * rate**2)
+        torch.sub(loc, settings.prior_loc, out=work)
+        work.mul_(decay).add_(momentum, alpha=1.0 / (1.0 - group["beta1"] ** state["step"]))
+        work.div_(torch.add(curvature, decay, out=damped)).clamp_(-group["clip_radius"], group["clip_radius"])
+        loc.addcmul_(work, torch.add(decay, settings.hess_init, out=damped), value=-group["lr"])
 
 
 class IVON(PyroOptim):

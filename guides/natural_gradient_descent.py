@@ -111,9 +111,9 @@ class NaturalGradientOptimizer(torch.optim.Optimizer):
 
 def _step_scale(parameter: Tensor, target: Tensor, rate: float) -> None:
     """Log σ of a factor 1 + x of the precision, x = ρ (r − 1)."""
-    x = rate * (target - 1.0)
-    growth = torch.where(target >= 0, x, x + 0.5 * x * x)
-    parameter.sub_(torch.log1p(growth.clamp_min(-1 + 1e-12)), alpha=0.5)
+    x = (target - 1.0).mul_(rate)
+    torch.where(target >= 0, x, torch.addcmul(x, x, x, value=0.5), out=x)
+    parameter.sub_(x.clamp_min_(-1 + 1e-12).log1p_(), alpha=0.5)
 
 
 def _step_tril(parameter: Tensor, target: Tensor, rate: float) -> None:

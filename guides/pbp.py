@@ -13,8 +13,9 @@ Z comes from moments passed through the net, as if the units of a layer were ind
     log Z = log N(y; E f, Var f + b/(a − 1)),    Var f + σ² for noise of a known size σ.
 
 Departs from the paper: prior variances are the model's, fixed, where the paper learns one for all weights. Starts from
-the prior, means moved by a tenth of its standard deviation. Exact where a datum sees one weight; elsewhere an
-approximation without a bound, narrow after several passes over the same data, each of which counts them again.
+the prior, means moved by a tenth of its standard deviation. Mean and variance of the output are exact with one hidden
+layer, the updates where a datum sees one weight; elsewhere an approximation without a bound, narrow after several
+passes over the same data, each of which counts them again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from scipy.special import gammaincinv
 from torch import Tensor, nn
 
+from bnn.checks import finite_arguments
 from bnn.guides._flat import FlatGuide
 from bnn.likelihoods import Gaussian
 from bnn.models import BayesianNet
@@ -62,12 +64,15 @@ def moved_normal(mean: Tensor, variance: Tensor, by_mean: Tensor, by_variance: T
 def moved_gamma(shape: float, rate: float, log_z: Callable[[float], float]) -> tuple[float, float]:
     """Shape and rate of the Gamma with the mean and variance of Gamma(shape, rate) times a factor.
 
+    As before if there is none, or if its shape would not exceed 1, where the noise has no mean: a datum that lies tens
+    of standard deviations off.
+
     :param log_z: log normalizer as a function of the shape, at this rate.
     """
     first, second = log_z(shape + 1) - log_z(shape), log_z(shape + 2) - log_z(shape + 1)
     mean = math.exp(first) * shape / rate
     other = math.exp(second) * (shape + 1) / rate
-    return (mean / (other - mean), 1 / (other - mean)) if other > mean else (shape, rate)
+    return (mean / (other - mean), 1 / (other - mean)) if 0 < other - mean < mean else (shape, rate)
 
 
 class AutoPBP(FlatGuide):
@@ -96,10 +101,13 @@ class AutoPBP(FlatGuide):
     def __init__(self, model: BayesianNet) -> None:
         super().__init__(model)
         layers = list(model.net) if isinstance(model, BayesianNet) and isinstance(model.net, nn.Sequential) else []
-        if not layers or any(type(layer) not in (nn.Linear, nn.ReLU) for layer in layers):
+        known = all(type(layer) in (nn.Linear, nn.ReLU) for layer in layers)
+        if not layers or not known or not isinstance(layers[0], nn.Linear):
             raise ValueError(
-                "AutoPBP needs a model of bnn.bayesian whose net is torch.nn.Sequential of Linear and ReLU."
+                "AutoPBP needs a model of bnn.bayesian whose net is torch.nn.Sequential of Linear and ReLU, Linear "
+                "first."
             )
+        self._inputs = layers[0].in_features
         if not isinstance(layers[-1], nn.Linear) or layers[-1].out_features != 1:
             raise ValueError(f"AutoPBP needs one output, of a Linear; the net ends in {layers[-1]}.")
         noise: Any = model.likelihood
@@ -113,7 +121,8 @@ class AutoPBP(FlatGuide):
 
     def _make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         del args, kwargs
-        mean = torch.zeros(self.structure.dim, dtype=torch.float64)
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": self.structure.device}
+        mean = torch.zeros(self.structure.dim, **kind)
         variance = torch.ones_like(mean)
         for name, site in self.structure.sites.items():
             if name in self.model.priors and site.normal is None:
@@ -126,7 +135,7 @@ class AutoPBP(FlatGuide):
         self.register_buffer("variance", variance)
         gamma = None if self._known_noise else self.model.likelihood.precision
         start = [math.inf, math.inf] if gamma is None else [float(gamma.concentration), float(gamma.rate)]
-        self.register_buffer("gamma", torch.tensor(start, dtype=torch.float64))
+        self.register_buffer("gamma", torch.tensor(start, **kind))
 
     def assimilate(self, x: Tensor, y: Tensor) -> float:
         """One pass over data, row by row in random order.
@@ -134,8 +143,15 @@ class AutoPBP(FlatGuide):
         :param x: inputs ``(N, features)``.
         :param y: targets ``(N,)`` or ``(N, 1)``.
         :returns: minus the sum of log Z.
+        :raises ValueError: if shapes do not fit, or a number is not finite.
         :raises RuntimeError: if log Z is not finite.
         """
+        if x.dim() != 2 or x.shape[1] != self._inputs or y.numel() != len(x):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; give (rows, {self._inputs}) and (rows,) or "
+                "(rows, 1)."
+            )
+        finite_arguments((x, y), {})
         if not self.is_set_up:
             self(x, y)
         total, x, y = 0.0, x.double(), y.double().reshape(-1)
@@ -159,7 +175,7 @@ class AutoPBP(FlatGuide):
                 total = variance_of_output + rate / (shape - 1)
                 return -0.5 * math.log(2 * math.pi * total) - 0.5 * residual**2 / total
 
-            self.gamma.copy_(torch.tensor(moved_gamma(shape, rate, of_shape), dtype=torch.float64))
+            self.gamma.copy_(self.gamma.new_tensor(moved_gamma(shape, rate, of_shape)))
         self.mean, self.variance = moved_normal(self.mean, self.variance, by_mean, by_variance)
         return float(log_z.detach())
 
@@ -181,10 +197,14 @@ class AutoPBP(FlatGuide):
             moments = linear_moments(weight, bias if layer.bias is not None else None, moments)  # type: ignore[arg-type]
         return moments[0].squeeze(-1), moments[1].squeeze(-1)
 
+    def particles(self, count: int) -> Tensor:
+        """:raises ValueError: always; there is nothing for an optimizer to move."""
+        raise ValueError("AutoPBP is trained by guide.assimilate(x, y), not by SVI.")
+
     @torch.no_grad()
     def flat_draws(self, num_samples: int) -> Tensor:
         """Draws from q, in unconstrained space."""
-        z = self.mean + self.variance.sqrt() * torch.randn(num_samples, len(self.mean), dtype=torch.float64)
+        z = self.mean + self.variance.sqrt() * torch.randn_like(self.mean.expand(num_samples, -1))
         return self._with_precision(z, None if self._known_noise else dist.Gamma(*self.gamma).sample((num_samples,)))
 
     @torch.no_grad()

@@ -6,8 +6,8 @@ A weight W' (outputs, inputs, ...) is a shared point W times random factors of i
 
     E_q[−log p(D | W')] − log p(W) + KL(q(r, s | k) ‖ prior), averaged over k,
 
-a bound for the model in which W is a parameter with penalty −log p(W) and r, s are latent; the entropy of k is left
-out, as in the paper. It costs one net and 2 K numbers per unit.
+a bound for the model in which W is a parameter with penalty −log p(W) and r, s are latent: the divergence of a mixture
+is at most the mean of its components'. It costs one net and 2 K numbers per unit.
 """
 
 from __future__ import annotations

@@ -97,4 +97,4 @@ class AutoSnapshots(AutoEnsemble):
     def set_extra_state(self, state: Tensor | None) -> None:
         """The inverse of :meth:`get_extra_state`."""
         if state is not None:
-            self.snapshots = state
+            self.snapshots = state.to(getattr(self, "snapshots", state).device)

@@ -93,11 +93,15 @@ class AutoSWAG(AutoEnsemble):
         point = self._point_to_collect()
         self.collected += 1
         before = point - self.mean
-        self.mean += before / self.collected
+        self.mean.add_(before, alpha=1.0 / self.collected)
         after = point - self.mean
-        self.squares += before * after
-        if self.rank:
-            self.deviations = torch.cat([self.deviations, after[:, None]], 1)[:, -self.rank :]
+        self.squares.addcmul_(before, after)
+        if self.rank and self.deviations.shape[1] < self.rank:
+            self.deviations = torch.cat([self.deviations, after[:, None]], 1)
+        elif self.rank:
+            for column in range(1, self.rank):  # in place: they are most of what a large net needs
+                self.deviations[:, column - 1] = self.deviations[:, column]
+            self.deviations[:, -1] = after
 
     def variance(self) -> Tensor:
         """D: the variance of each entry over the iterates, ``(members, dim)``."""
@@ -153,4 +157,4 @@ class AutoSWAG(AutoEnsemble):
         """The inverse of :meth:`get_extra_state`."""
         self.collected = state["collected"]
         if state["deviations"] is not None:
-            self.deviations = state["deviations"]
+            self.deviations = state["deviations"].to(getattr(self, "deviations", state["deviations"]).device)

@@ -21,8 +21,9 @@ from bnn.kernels._run import Run
 from bnn.kernels._warmup import LEAST, StepRule, Warmup
 from bnn.kernels.preconditioners import Preconditioner
 from bnn.kernels.schedules import Schedule, check_setting, value_at
-from bnn.kernels.variance_reduction import VarianceReduction
+from bnn.kernels.variance_reduction import VarianceReduction, check_reduction
 from bnn.potential import Potential
+from bnn.precision import check_precision
 from bnn.ranks import Ranks
 from bnn.tiers import check_tier
 
@@ -38,11 +39,14 @@ class StochasticGradientKernel(MCMCKernel):
     :param temperature: T of the target exp(−U/T); 1 is the posterior.
     :param steps_per_sample: steps of the kernel per draw that the runner sees.
     :param batches: an iterable of argument tuples (a ``DataLoader``) in place of the arguments of ``run``.
-    :param compile: how the recorded step runs: ``"auto"``, ``"inductor"``, ``"fx"`` or ``"handlers"``.
+    :param compile: how the recorded step runs: ``"auto"``, ``"inductor"``, ``"fx"``, ``"cuda_graph"`` or
+        ``"handlers"``.
     :param replacement: draw minibatch rows independently, instead of by shuffled epochs.
     :param init_strategy: ``"auto"``, ``"prior"`` or a function of ``pyro.infer.autoguide.initialization``.
     :param variance_reduction: :class:`~bnn.kernels.ControlVariate` or :class:`~bnn.kernels.SVRG`, less noise in the
         minibatch gradients at two of them a step.
+    :param precision: of the products inside gradients: ``"full"``, ``"bfloat16"`` or ``"tf32"``; chains keep the
+        model's own precision. See :mod:`bnn.precision`.
     """
 
     # Facts about an algorithm, for reports and tests.
@@ -69,6 +73,7 @@ class StochasticGradientKernel(MCMCKernel):
         replacement: bool = False,
         init_strategy: str | Strategy = "auto",
         variance_reduction: VarianceReduction | None = None,
+        precision: str = "full",
     ) -> None:
         if not callable(model):
             raise ValueError(f"model is {type(model).__name__}; give a Pyro model, a callable.")
@@ -82,9 +87,9 @@ class StochasticGradientKernel(MCMCKernel):
             raise ValueError(f"steps_per_sample is {steps_per_sample!r}; give a whole number of at least 1.")
         check_tier(compile)
         strategy_of(init_strategy)
-        if variance_reduction is not None:
-            self._check_reduction(variance_reduction)
-        self.variance_reduction = variance_reduction
+        check_reduction(variance_reduction, self.metropolised)
+        check_precision(precision)
+        self.variance_reduction, self.precision = variance_reduction, precision
         self.model = model
         self.temperature, self.steps_per_sample = temperature, steps_per_sample
         self.batches, self.compile, self.replacement = batches, compile, replacement
@@ -224,7 +229,7 @@ class StochasticGradientKernel(MCMCKernel):
         chains = self.num_chains or 1
         potential = Potential(
             self.model, *args, batches=self.batches, compile=self.compile, replacement=self.replacement,
-            ranks=self.ranks, **kwargs,
+            precision=self.precision, ranks=self.ranks, **kwargs,
         )  # fmt: skip
         potential.decided.update(self._decided)
         self._run = run = Run(self, potential, chains, warmup_steps)
@@ -376,15 +381,6 @@ class StochasticGradientKernel(MCMCKernel):
         if name not in known:
             known[name] = spread(self.potential.sites, name, value, default, positive)
         return known[name]
-
-    def _check_reduction(self, given: Any) -> None:
-        if not isinstance(given, VarianceReduction):
-            raise ValueError(f"variance_reduction is {given!r}; give ControlVariate(...), SVRG(...) or None.")
-        if self.metropolised:
-            raise ValueError(
-                "variance_reduction is not for kernels with a Metropolis test, whose proposals must be as likely as "
-                "their reverse: leave it out, or use SGHMC."
-            )
 
     def _adopt(self, params: Mapping[str, Tensor]) -> None:
         """Continue from values that did not come from this kernel."""

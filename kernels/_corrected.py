@@ -60,6 +60,11 @@ class CorrectedKernel(MomentumKernel):
             if isinstance(value, Schedule):
                 raise ValueError(f"{name} is a Schedule; a Metropolis test needs the same number at every step.")
         check_setting("temperature", temperature, strict=True)
+        if options.get("precision", "full") != "full":
+            raise ValueError(
+                f"precision is {options['precision']!r}; a Metropolis test needs differences of energies to a fraction "
+                "of one, which rounded products do not give: leave it out, or use SGHMC."
+            )
         options.setdefault("replacement", True)
         super().__init__(model, step_size=step_size, friction=friction, mass=mass, temperature=temperature, **options)
         if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:

@@ -20,10 +20,14 @@ MOST_SITES = 64
 # The largest matrix (coordinates times sites) with which inner products per site are one product.
 LARGEST_MATRIX = 50_000
 
+# The longest vectors whose inner product is taken at once on larger ones: rounding errors grow with the length.
+LONGEST_PIECE = 1 << 18
+
 # Means over coordinates, known per site too; the others are sums.
 PER_SITE = ("configurational_temperature", "kinetic_temperature")
 
-Pair = tuple[Tensor, Tensor]
+# Two vectors ``(chains, dim)`` and what their inner product is weighted with, of shape () or (dim,).
+Pair = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Measured(Protocol):
@@ -90,11 +94,11 @@ class DrawStatistics:
         :param z: the position of ``state`` in the model's coordinates.
         """
         position, energy, grad = evaluation
-        pairs = {**self._of_state(state, z, coefficients), "gradient_squared_norm": (grad, grad)}
+        pairs = {**self._of_state(state, z, coefficients), "gradient_squared_norm": (grad, grad, None)}
         if self.kernel.evaluates_at_draws:
-            pairs["configurational_temperature"] = position, grad
+            pairs["configurational_temperature"] = position, grad, None
         if self.kernel.balances_norms:  # with the momentum of the place where the gradient was met
-            pairs["momentum_gradient"] = (before if position is before[0] else state).momentum, grad
+            pairs["momentum_gradient"] = (before if position is before[0] else state).momentum, grad, None
         means = self._sums(pairs) * self.scale
         return torch.cat([energy.unsqueeze(-1), means, *self._extra(state)], -1)
 
@@ -131,14 +135,13 @@ class DrawStatistics:
 
     def _of_state(self, state: Any, z: Tensor, coefficients: Sequence[Tensor]) -> dict[str, Pair]:
         """The pairs of vectors ``(chains, dim)`` in the inner products that a state alone gives."""
-        pairs = {"squared_norm": (z, z)}
+        pairs: dict[str, Pair] = {"squared_norm": (z, z, None)}
         moving = self.kernel.momentum_of(state, coefficients)
         if moving is not None:
             momentum, inverse_mass = moving
-            weighted = momentum * (inverse_mass if inverse_mass.dim() else inverse_mass.sqrt())
-            pairs["kinetic_temperature"] = (momentum if inverse_mass.dim() else weighted), weighted
-            pairs["momentum_squared_norm"] = momentum, momentum
-            pairs["position_momentum"] = state[0], momentum
+            pairs["kinetic_temperature"] = momentum, momentum, inverse_mass
+            pairs["momentum_squared_norm"] = momentum, momentum, None
+            pairs["position_momentum"] = state[0], momentum, None
         return pairs
 
     def _sums(self, pairs: Mapping[str, Pair]) -> Tensor:
@@ -147,13 +150,28 @@ class DrawStatistics:
             (pairs[kind], places) for kind, places in zip(self.kinds, self.places_of, strict=True) if kind in pairs
         ]
         if self.at_once:
-            left, right = (torch.stack(list(side), 1) for side in zip(*(pair for pair, _ in known), strict=True))
-            return ((left * right) @ self.members).flatten(1)
+            weighted = [(left, right if weight is None else right * weight) for (left, right, weight), _ in known]
+            lefts, rights = (torch.stack(list(side), 1) for side in zip(*weighted, strict=True))
+            return ((lefts * rights) @ self.members).flatten(1)
         sums: list[Tensor] = []
-        for (left, right), places in known:
-            if left is right:  # without their product in memory
-                sums += [torch.linalg.vector_norm(left[:, place], dim=-1).square() for place in places]
-            else:
-                product = left * right
-                sums += [product[:, place].sum(-1) for place in places]
+        for pair, places in known:
+            parts = [_inner(*pair, place) for place in places[:-1]]
+            whole = torch.stack(parts, -1).sum(-1) if parts else _inner(*pair, places[-1])
+            sums += [*parts, whole]
         return torch.stack(sums, -1)
+
+
+def _inner(left: Tensor, right: Tensor, weight: Tensor | None, place: slice) -> Tensor:
+    """The inner product over ``place``, ``(chains,)``.
+
+    Of one chain on a CPU without the product of the vectors in memory; accelerators sum in trees, in one call.
+    """
+    left, right = left[:, place], right[:, place]
+    if weight is not None and weight.dim():
+        right, weight = right * weight[place], None
+    if len(left) == 1 and left.device.type == "cpu":
+        pieces = zip(left[0].split(LONGEST_PIECE), right[0].split(LONGEST_PIECE), strict=True)
+        total = torch.stack([torch.dot(one, other) for one, other in pieces]).sum(0, keepdim=True)
+    else:
+        total = (left * right).sum(-1)
+    return total if weight is None else total * weight

@@ -14,6 +14,7 @@ from bnn.kernels._algorithm import Algorithm, EnergyAndGrad
 from bnn.kernels._coordinates import Number
 from bnn.kernels._draw_statistics import DrawStatistics
 from bnn.kernels._metric import Identity, Metric
+from bnn.kernels._noise import Noise
 from bnn.kernels._record import Record
 from bnn.kernels.schedules import value_at
 from bnn.kernels.variance_reduction import Anchor, Anchoring, reduced
@@ -55,7 +56,8 @@ class Run:
         self.coordinates: dict[str, Number] = {}  # settings per coordinate, worked out once
         self.unrolled = 0  # steps of the program that records several, 0 without one
         self._programs: dict[Any, Program] = {}
-        self.noise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self.noise: dict[int, tuple[Tensor, tuple[Tensor, ...], bool]] = {}
+        self.source = Noise()
         self.planned_steps = 0
         self.step = 0
         self.draws = 0
@@ -188,8 +190,11 @@ class Run:
             self.anchoring.before(self.step, self.position)
         batches = [tensor for inputs in self.stream.next(steps) for tensor in inputs]
         program = self._program(steps, observed, batches)
-        buffer, noise = self.noise[steps]
-        buffer.normal_()
+        buffer, noise, own = self.noise[steps]
+        if own:
+            self.source.fill(buffer)
+        else:
+            buffer.normal_()
         if self.constant:
             numbers: Sequence[Tensor] = self.numbers_at(0)
         else:
@@ -239,9 +244,9 @@ class Run:
             position = self.metric.forward(state[0], metric)
             return (*state, self.statistics.row(before, state, evaluation, position, numbers))
 
-        noise = torch.zeros(steps * noises, self.chains, self.potential.dim, dtype=self.potential.dtype)
-        noise = noise.to(self.potential.device)
-        self.noise[steps] = (noise, noise.unbind(0))
+        shape, like = (steps * noises, self.chains, self.potential.dim), self.potential
+        noise = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.noise[steps] = (noise, noise.unbind(0), Noise.serves(noise))
         numbers = [c for s in range(1 if self.constant else steps) for c in self.numbers_at(s)]
         numbers += self.metric.tensors
         if self.in_chunks or self.potential.share is not None:

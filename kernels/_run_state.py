@@ -1,15 +1,15 @@
-"""All that a run goes on from, as bytes: with it, a fresh run of the same kernel continues another bit for bit."""
+"""What a run goes on from, beside random numbers, as bytes: a fresh run of the same kernel continues another."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from bnn.kernels._base import StochasticGradientKernel
-from bnn.saved_state import dumps, loads, random_state, set_random_state
+from bnn.saved_state import dumps, loads
 
 # Attributes of a Run that change while it runs. What is not here, a new setup makes again: programs, data, shapes.
 CHANGING = (
-    "state", "metric", "anchoring", "stream", "_numbers", "_phases", "step", "draws", "last_stats", "stopped",
+    "state", "metric", "anchoring", "stream", "source", "_numbers", "_phases", "step", "draws", "last_stats", "stopped",
     "any_stopped", "stopped_at", "record",
 )  # fmt: skip
 
@@ -20,7 +20,6 @@ def state_of(kernel: StochasticGradientKernel) -> bytes:
     state = {
         "run": {name: getattr(run, name) for name in CHANGING},
         "kernel": {name: getattr(kernel, name) for name in kernel.changing},
-        "random": random_state(),
     }
     return dumps(state, _made_anew(kernel))
 
@@ -32,7 +31,6 @@ def restore(kernel: StochasticGradientKernel, state: bytes) -> None:
     vars(run).update(found["run"])
     vars(kernel).update(found["kernel"])
     run.params = None
-    set_random_state(found["random"])
 
 
 def _made_anew(kernel: StochasticGradientKernel) -> dict[str, Any]:
@@ -44,6 +42,8 @@ def _made_anew(kernel: StochasticGradientKernel) -> dict[str, Any]:
         "run": run,
         "potential": run.potential,
         "sites": run.potential.sites,
+        "share": run.potential.share,
+        "ranks": kernel.ranks,
         "batches": kernel.batches,
         "variance_reduction": kernel.variance_reduction,
         **({} if learner is None else learner.made_anew()),

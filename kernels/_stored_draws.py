@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnn.draw_store import DrawStore
 from bnn.kernels._base import StochasticGradientKernel
 from bnn.kernels._draws import Draws
-from bnn.kernels._run_state import state_of
-from bnn.saved_state import dumps
-from bnn.store import DrawStore, variable_of
+from bnn.kernels._ranks import Sharing
+from bnn.store import variable_of
 from bnn.store_writer import BackgroundWriter
 
 # Rows of statistics that are written at once, or fewer at a checkpoint: each array costs milliseconds.
@@ -35,8 +36,8 @@ class StoredDraws(Draws):
     :param save: names of the sites that are kept.
     :param store: where they go.
     :param writer: what writes them.
-    :param around: what else a checkpoint holds: a function of these draws.
-    :param attributes: of the groups of the store, now.
+    :param sharing: whether this process writes draws, and when it may make a checkpoint.
+    :param made: makes a checkpoint of these draws, which is then to be written: what the writer is to do.
     """
 
     def __init__(
@@ -46,18 +47,18 @@ class StoredDraws(Draws):
         save: list[str] | None,
         store: DrawStore,
         writer: BackgroundWriter,
-        around: Callable[[StoredDraws], dict[str, Any]],
-        attributes: Callable[[], dict[str, dict[str, Any]]],
+        sharing: Sharing,
+        made: Callable[[StoredDraws], Callable[[], None]],
     ) -> None:
         super().__init__(kernel, len(chains), save)
-        self.first_chain, self.store, self.writer = chains.start, store, writer
-        self.around, self.attributes = around, attributes
+        self.first_chain, self.store, self.writer, self.sharing, self.made = chains.start, store, writer, sharing, made
         kernel._running.record.thinning = store.options.thinning
         self._seen = 0  # draws after warm-up
         self._put = 0  # draws that were handed to the writer
         self._blocks: dict[str, Tensor] = {}
         self._last_checkpoint, self._spent, self._since = time.monotonic(), 0.0, 0
         self._committed = 0
+        self._pending = False  # whether a checkpoint is on its way to the disk
         self.signal: int | None = None  # that asked the run to stop
 
     def take_up(self, done: int, count: int) -> None:
@@ -71,7 +72,7 @@ class StoredDraws(Draws):
         if (self._seen - 1) % self.store.options.thinning:
             return
         place = self.count % self.store.block
-        for site in self.sites:
+        for site in self.sites if self.sharing.writes else ():
             # Draw by draw: where a value stands in an array may decide on its last bit.
             value = site.constrain(site.unflatten(position))
             block = self._blocks.get(site.name)
@@ -91,23 +92,29 @@ class StoredDraws(Draws):
         self._since += 1
         options = self.store.options
         seconds = max(options.checkpoint_every, self._spent / LARGEST_PART)
-        if (
+        due = (
             self.signal is not None
-            or self._since == options.checkpoint_draws
+            or self._since >= (options.checkpoint_draws or math.inf)
             or time.monotonic() - self._last_checkpoint >= seconds
-        ):
-            self.checkpoint()
-        if self.signal == signal.SIGINT:
+        )
+        due, number = self.sharing.agree(due, self._pending, self.signal or 0)
+        if number and not due:
+            self._wait_for_all()
+        elif not due:
+            return
+        self.checkpoint()
+        if number == signal.SIGINT:
             self.signal = None
             raise KeyboardInterrupt
-        if self.signal is not None:
+        if number:
             self.writer.drain()
-            signal.signal(self.signal, signal.SIG_DFL)
-            signal.raise_signal(self.signal)
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def stop(self) -> None:
         """A last checkpoint, if the chains stand at a draw and the disk takes it; else they go back to the last."""
-        if not self.moving and self.writer.error is None:
+        alone = self.sharing.for_kernel is None  # other ranks may stand elsewhere
+        if alone and not self.moving and self.writer.error is None:
             self.checkpoint()
         self.count = self._committed
 
@@ -115,42 +122,34 @@ class StoredDraws(Draws):
         """A last checkpoint; wait until all is on disk."""
         super().finish()
         if not self.interrupted:
+            self._wait_for_all()
             self.checkpoint()
         self.writer.drain()
+
+    def _wait_for_all(self) -> None:
+        """Until the last checkpoint is on disk everywhere, before there is another."""
+        self.writer.drain()
+        self.sharing.of_all(None)
 
     def checkpoint(self) -> None:
         """Write what continues the run from here, and let readers see the draws so far."""
         start = time.monotonic()
         self._flush()
         self._flush_statistics()
-        content = dumps({**self.around(self), "state": state_of(self.kernel)})
-        attributes, store = self.attributes(), self.store
-        chains, draws = self.first_chain + self.chains, self.count
-        # One after another: a chain is seen when it is whole, for arrays are rectangular.
-        seen = (chains, draws) if self.first_chain == 0 or self.is_whole else (self.first_chain, self.whole)
+        write, self._pending = self.made(self), True
 
         def work() -> None:
-            store.write_checkpoint(content)
-            store.commit(*seen, attributes)
+            write()
+            self._pending = False
 
         self.writer.put(work)
-        self._last_checkpoint, self._since, self._committed = time.monotonic(), 0, draws
+        self._last_checkpoint, self._since, self._committed = time.monotonic(), 0, self.count
         self._spent = self._last_checkpoint - start
-
-    @property
-    def whole(self) -> int:
-        """Draws of a chain that is whole."""
-        return self.store.capacity
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether these chains are."""
-        return self.count >= self.whole
 
     def _flush(self) -> None:
         """Hand what was not yet handed over to the writer."""
         start, stop, size = self._put, self.count, self.store.block
-        if start == stop:
+        if start == stop or not self.sharing.writes:
             return
         first, last = start % size, (stop - 1) % size + 1
         is_full = last == size
@@ -172,7 +171,7 @@ class StoredDraws(Draws):
         record, store, chain = self.kernel._running.record, self.store, self.first_chain
         start = record.taken
         stats = record.take()
-        if record.taken == start:
+        if record.taken == start or not self.sharing.writes:
             return
 
         def work() -> None:

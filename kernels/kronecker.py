@@ -30,6 +30,7 @@ from bnn.minibatch import Stream
 from bnn.model_graph import ModelGraph
 from bnn.per_datum import Place, per_datum
 from bnn.potential import Potential
+from bnn.randomness import kept_randomness
 from bnn.structure import Site
 
 # The largest side of a weight that gets factors, and how many chains a draw's estimate is the mean of.
@@ -95,7 +96,7 @@ class _KroneckerLearner(Learner):
         self.decay, self.damping = decay, damping
         if potential.batches is not None:
             raise ValueError("Kronecker() needs all data as arguments of run(); with batches= use RMSprop().")
-        with torch.random.fork_rng(devices=[]):
+        with kept_randomness():
             graph = ModelGraph(potential.model, potential.args, potential.kwargs, curvature="sampled")
             if graph.graph is None:
                 raise ValueError(f"Kronecker() needs a model that can be recorded: {graph.cause}. Use RMSprop().")

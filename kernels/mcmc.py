@@ -9,6 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from typing import Any
 
 import pyro
@@ -61,7 +62,7 @@ class MCMC(PyroMCMC):
     :param chain_method: ``"vectorized"`` (all chains in one program; Pyro's own kernels run sequentially),
         ``"sequential"``, or ``"parallel"`` (one process per chain).
     :param ranks: under ``torchrun``, what its processes share out, ``"chains"`` (every rank holds all of them at the
-        end) or the rows of the ``"data"``; not with a store yet. See :mod:`bnn.ranks`.
+        end, or they are in one store) or the rows of the ``"data"``. See :mod:`bnn.ranks`.
     :param store: a path, or a :class:`bnn.Store` with more settings: draws go there; memory holds one block of them.
     :param resume: go on with a store that exists, bit for bit as if the run had never ended (on a CPU): after its end
         (with a larger ``num_samples``), an interrupt, or a kill at any moment.
@@ -142,8 +143,8 @@ class MCMC(PyroMCMC):
                 initial_params = {name: value.unsqueeze(0) for name, value in initial_params.items()}
             self._initial = initial_params
         self._ours = isinstance(kernel, StochasticGradientKernel)
-        self._sharing, self._failure = sharing_of(ranks, self._ours, chain_method, store is not None), None
-        disable_progbar = self._disable_progbar = disable_progbar or not self._sharing.is_first
+        self._sharing, self._failure = sharing_of(ranks, self._ours, chain_method), None
+        disable_progbar = self._disable_progbar = disable_progbar or self._sharing.rank > 0
         self.has_default_warmup = warmup_steps is None
         self.store, self._resume = store_of(store, resume, self._ours and chain_method != "parallel"), resume
         settings = (kernel, num_samples, self.warmup_steps, num_chains)
@@ -177,32 +178,27 @@ class MCMC(PyroMCMC):
         with poutine.block(), pyro.validation_enabled(validate):
             width = self.num_chains if self.chain_method == "vectorized" else 1
             groups = [range(chain, chain + width) for chain in range(0, self.num_chains, width)]
-            if self.store is None:
-                self._run_groups(groups, args, kwargs)
-                return
-            stored = StoredRun(self, self.store, self._resume)
-            try:
+            stored = None if self.store is None else StoredRun(self, self.store, self._resume, self._sharing)
+            with nullcontext() if stored is None else closing(stored):
                 self._run_groups(groups, args, kwargs, stored)
-            finally:
-                stored.close()
 
     def _run_groups(
         self,
         groups: Sequence[range],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        stored: StoredRun | None = None,
+        stored: StoredRun | None,
     ) -> None:
         finished: list[Any] = []
         asked = count = self.num_samples if stored is None else stored.kept
-        self._diagnostics, self._failure = [], None
+        self._failure = None
         self._facts = {"setup_time": 0.0, "warmup_time": 0.0, "sampling_time": 0.0, "gradient_evaluations": 0}
-        for number, group in enumerate(self._sharing.start(groups)):
-            if stored is not None and not stored.before_setup(number, group):
-                continue  # these chains are whole
+        own = self._sharing.start(groups, {}) if stored is None else stored.start(groups)
+        for number, group in own:
             try:
                 self._sharing.before(group)
-                draws = self._run_group(group, args, kwargs, stored)
+                whole = None if stored is None else stored.before_setup(number, group)
+                draws: Any = whole or self._run_group(group, args, kwargs, stored)
             except KeyboardInterrupt:
                 if not finished:
                     raise
@@ -210,15 +206,15 @@ class MCMC(PyroMCMC):
             if draws.interrupted and draws.count < count and finished:
                 break  # interrupted: the finished chains are whole
             finished.append(draws)
-            self._diagnostics += draws.diagnostics
             if draws.interrupted:
                 break
         try:
             finished = self._sharing.gather(finished, self._facts)
         except RankError as error:
+            if stored is not None:
+                raise
             self._failure = error
-        if stored is None:  # else there may be chains that were whole before
-            self._diagnostics = [entry for draws in finished for entry in draws.diagnostics]
+        self._diagnostics = [entry for draws in finished for entry in draws.diagnostics]
         self.num_samples = count = min(draws.count for draws in finished)
         if all(len(entry["divergences"]) == count for entry in self._diagnostics):
             raise RuntimeError(STOPPED_IN_WARMUP)
@@ -270,7 +266,8 @@ class MCMC(PyroMCMC):
                     self._draw(draws, bar, label)
                 except BaseException as error:
                     draws.stop()
-                    if not isinstance(error, (KeyboardInterrupt, RankError)) or not draws.count:
+                    rank_ended = isinstance(error, RankError) and stored is None
+                    if not (rank_ended or isinstance(error, KeyboardInterrupt)) or not draws.count:
                         raise
                     draws.interrupted = True
                     self._failure = error if isinstance(error, RankError) else None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,17 @@ class VarianceReduction(ABC):
     @abstractmethod
     def steps_between(self, potential: Potential) -> int | None:
         """Steps from one anchor to the next, None for ever."""
+
+
+def check_reduction(given: Any, metropolised: bool) -> None:
+    """:raises ValueError: unless ``given`` is a way of variance reduction, or None, that suits the kernel."""
+    if given is not None and not isinstance(given, VarianceReduction):
+        raise ValueError(f"variance_reduction is {given!r}; give ControlVariate(...), SVRG(...) or None.")
+    if given is not None and metropolised:
+        raise ValueError(
+            "variance_reduction is not for kernels with a Metropolis test, whose proposals must be as likely as "
+            "their reverse: leave it out, or use SGHMC."
+        )
 
 
 class ControlVariate(VarianceReduction):

@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 Step = Callable[[], None]
+DECAY = 0.1  # what SGHMC's momentum loses in a step
 
 
 def loops(case: Case) -> tuple[dict[str, Step], dict[str, Step]]:
@@ -77,8 +78,11 @@ def view_leaves(case: Case, decay: bool = False) -> Step:
     return step
 
 
-def flat_grad(case: Case, decay: bool = False) -> Step:
-    """The leaves are views of a flat vector, and so are their ``.grad``, which ``backward`` adds to."""
+def flat_grad(case: Case, decay: bool = False, friction: float | None = None) -> Step:
+    """The leaves are views of a flat vector, and so are their ``.grad``, which ``backward`` adds to.
+
+    :param friction: share of the momentum lost in a step, which makes it SGHMC of the same step in z.
+    """
     z, minibatch = _start(case), _minibatches(case)
     leaves = [view.detach().requires_grad_() for view in _views(case, z)]
     flat, grad = z.detach().requires_grad_(), torch.zeros_like(z)
@@ -86,6 +90,8 @@ def flat_grad(case: Case, decay: bool = False) -> Step:
     for leaf, view in zip(leaves, _views(case, grad), strict=True):
         leaf.grad = view
     noise, scale, h = torch.empty_like(z), math.sqrt(2 * case.step_size), case.step_size
+    step_size = math.sqrt(h)  # of SGHMC
+    momentum = torch.randn_like(z)
 
     def step() -> None:
         energy = case.misfit(leaves, *minibatch())
@@ -99,7 +105,11 @@ def flat_grad(case: Case, decay: bool = False) -> Step:
         energy.backward()
         with torch.no_grad():
             noise.normal_()
-            z.add_(grad, alpha=-h).add_(noise, alpha=scale)
+            if friction is None:
+                z.add_(grad, alpha=-h).add_(noise, alpha=scale)
+                return
+            momentum.mul_(1 - friction).add_(grad, alpha=-step_size).add_(noise, alpha=math.sqrt(2 * friction))
+            z.add_(momentum, alpha=step_size)
 
     return step
 

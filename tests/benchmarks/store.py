@@ -6,7 +6,7 @@ Each measurement is a process of its own, on one thread for the chain. Overhead:
 M of `nets.py` with a store over seconds without, in pairs of one round, from the first draw to the last: of the clock,
 of the processor in the chain's thread, and of the processor in all threads, the background writer's too.
 Memory: by how much the peak of a process grew over a run of 10^6 parameters by 200 draws, 0.8 GB, beside
-`pyro.infer.MCMC` with the same kernel and with the draws in memory.
+`pyro.infer.MCMC` with the same kernel and with the draws in memory; and over a report and other figures of that store.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from nets import CASES  # noqa: E402
 from pyro.infer import MCMC as PyroMCMC  # noqa: E402
 
+import bnn  # noqa: E402
 from bnn import Store  # noqa: E402
 from bnn.kernels import MCMC, SGHMC, SGLD  # noqa: E402
 
@@ -62,7 +63,7 @@ def memory(who: str, draws: int, folder: str) -> dict[str, float]:
     """Growth of the peak of memory in MiB."""
     pyro.set_rng_seed(0)
     kernel = SGLD(million, step_size=1e-3, compile="fx")
-    for count in (2, draws):  # a small run first
+    for count in (5, draws):  # a small run first
         settings = {"num_samples": count, "warmup_steps": 1, "disable_progbar": True}
         if who == "pyro.infer.MCMC":
             mcmc = PyroMCMC(kernel, **settings)
@@ -70,6 +71,22 @@ def memory(who: str, draws: int, folder: str) -> dict[str, float]:
             mcmc = MCMC(kernel, **settings, store=f"{folder}/{count}" if who == "store" else None)
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         mcmc.run()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"MiB": (peak - before) / 1024, "peak": peak / 1024, "cpu": time.process_time() - start}
+
+
+READERS = {
+    "bnn.report(path)": lambda path: bnn.report(path, f"{path}.html"),
+    "bnn.efficiency(path)": bnn.efficiency,
+    "bnn.equipartition(path)": bnn.equipartition,
+}
+
+
+def reading(what: str, draws: int, folder: str) -> dict[str, float]:
+    """The same of what reads a store of 10^6 coordinates by so many draws."""
+    for count in (5, draws):
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        READERS[what](f"{folder}/{count}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"MiB": (peak - before) / 1024, "peak": peak / 1024, "cpu": time.process_time() - start}
 
@@ -84,17 +101,18 @@ def measure(what: str, draws: int, folder: str) -> dict[str, float]:
     if what == "resumed":
         net(draws, Store(f"{folder}/m"))
         return net(draws, Store(f"{folder}/m"), resume=True)
-    return memory(what, draws, folder)
+    return reading(what, draws, folder) if what in READERS else memory(what, draws, folder)
 
 
-def child(what: str, draws: int) -> dict[str, float]:
-    folder = tempfile.mkdtemp()
+def child(what: str, draws: int, kept: str | None = None) -> dict[str, float]:
+    folder = kept or tempfile.mkdtemp()
     try:
         command = [sys.executable, "-W", "ignore", __file__, "--one", what, str(draws), folder]
         result: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
         return result
     finally:
-        shutil.rmtree(folder)
+        if kept is None:
+            shutil.rmtree(folder)
 
 
 def main() -> None:
@@ -124,6 +142,12 @@ def main() -> None:
     for who in ("pyro.infer.MCMC", "draws in memory", "store"):
         for draws in (2 * options.draws, 4 * options.draws) if who == "store" else (2 * options.draws,):
             found = child(who, draws)
+            print(f"| {who} | {draws} | {found['MiB']:.0f} | {found['peak']:.0f} | {found['cpu']:.1f} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        draws = 2 * options.draws
+        child("store", draws, folder)
+        for who in READERS:
+            found = child(who, draws, folder)
             print(f"| {who} | {draws} | {found['MiB']:.0f} | {found['peak']:.0f} | {found['cpu']:.1f} |", flush=True)
 
 

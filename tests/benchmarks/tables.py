@@ -22,10 +22,15 @@ def show(rows: Sequence[Mapping[str, Any]], path: str | Path | None = None, digi
     for row in rows:
         print(f"| {' | '.join(_cell(row[name], digits) for name in columns)} |", flush=True)
     if path is not None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        write(rows, path)
+
+
+def write(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """The rows as CSV, in full precision."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _cell(value: Any, digits: int) -> str:

@@ -1,7 +1,7 @@
 """Interleaved timing: every competitor runs in every round, in shuffled order, on one core.
 
-A slow spell of the machine then meets all competitors alike. Times are medians over rounds with quartiles; ratios are
-medians of the ratios within a round.
+A slow spell of the machine then meets all competitors alike. Times are the processor's, so that what else runs on the
+core is not counted; medians over rounds with quartiles. Ratios are medians of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Competitor:
         if self.clock is not None:
             return self.clock(units)
         assert self.loop is not None
-        start = time.perf_counter()
+        start = time.process_time()
         self.loop(units)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 @dataclass(frozen=True)

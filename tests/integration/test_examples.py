@@ -97,6 +97,7 @@ def test_modes_are_connected_by_a_curve(quick):
     assert table["Bezier curve"][3] < 0.5 * table["line"][3]
 
 
+@pytest.mark.slow
 def test_quickstart_prints_the_comparison(quick):
     done, folder = quick("quickstart.py")
     for words in ("MAP net:   test RMSE", "posterior: test RMSE", "accuracy", "R-hat", "ESS", "asked 1", "kinetic"):

@@ -18,17 +18,22 @@ import bnn
 from bnn.guides import (
     IVON,
     AutoDropout,
+    AutoEigenNormal,
     AutoEnsemble,
     AutoFactorizedNormal,
     AutoIVON,
+    AutoMatrixNormal,
+    AutoPBP,
     AutoRankOne,
     AutoSnapshots,
     AutoSWAG,
     GaussianKernel,
     Laplace,
+    NaturalGradientDescent,
     SteinRepulsion,
     TraceDropout_ELBO,
     TraceEnsemble_ELBO,
+    TraceNaturalGradient_ELBO,
     WeightRepulsion,
 )
 from support.nets import data
@@ -39,6 +44,13 @@ def small_net(batch_size: int | None = None) -> Any:
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
     noise = dist.HalfNormal(torch.tensor(1.0))
     return bnn.bayesian(net, likelihood=bnn.likelihoods.Gaussian(noise), batch_size=batch_size)
+
+
+def relu_net(batch_size: int | None = None) -> Any:
+    """The same of ReLUs with a learned precision, as probabilistic backpropagation wants it."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+    noise = bnn.likelihoods.Gaussian(precision=dist.Gamma(6.0, 6.0))
+    return bnn.bayesian(net, likelihood=noise, batch_size=batch_size)
 
 
 def net_data() -> tuple[Tensor, Tensor]:
@@ -55,6 +67,9 @@ class PosteriorCase:
     :ivar reported: whether a page is made of it: the slow part, which knows guides by their name alone.
     :ivar optimizer: what moves it.
     :ivar after: makes the posterior of the trained guide.
+    :ivar model: of a size of minibatches, the model.
+    :ivar by_svi: whether SVI trains it; else ``assimilate`` does.
+    :ivar slow: whether it runs among the slow tests only, since another row has the same parts.
     """
 
     name: str
@@ -65,16 +80,33 @@ class PosteriorCase:
     reported: bool = False
     optimizer: Callable[[], Any] = lambda: pyro.optim.Adam({"lr": 0.01})
     after: Callable[[Any], Any] = lambda guide: guide
+    model: Callable[[int | None], Any] = small_net
+    by_svi: bool = True
+    slow: bool = False
 
-    def fitted(self, model: Any, steps: int = 5) -> Any:
-        """The guide after a few steps."""
-        guide = self.guide(model)
-        svi = SVI(model, guide, self.optimizer(), self.loss())
+    def training(self, batch_size: int | None = None) -> Any:
+        """A new SVI."""
+        model = self.model(batch_size)
+        return SVI(model, self.guide(model), self.optimizer(), self.loss())
+
+    def advance(self, svi: Any, steps: int) -> list[float]:
+        """The losses of some steps."""
+        losses = []
         for _ in range(steps):
-            svi.step(*net_data())
+            losses.append(svi.step(*net_data()) if self.by_svi else svi.guide.assimilate(*net_data()))
             if self.collects:
-                guide.collect()
-        return self.after(guide)
+                svi.guide.collect()
+        return losses
+
+    def fitted(self, steps: int = 5, batch_size: int | None = None) -> Any:
+        """The posterior after a few steps."""
+        svi = self.training(batch_size)
+        self.advance(svi, steps)
+        return self.after(svi.guide)
+
+
+def natural() -> Any:
+    return NaturalGradientDescent(lr=0.1)
 
 
 def around(guide: Any, structure: Any, sites: Any = None) -> Laplace:
@@ -83,34 +115,62 @@ def around(guide: Any, structure: Any, sites: Any = None) -> Laplace:
 
 POSTERIORS = [
     PosteriorCase("ensemble", lambda model: AutoEnsemble(model, 3), TraceEnsemble_ELBO, reported=True),
-    PosteriorCase("ensemble_of_nets", lambda model: AutoEnsemble(model, 3, init_loc_fn="net"), TraceEnsemble_ELBO),
+    PosteriorCase(
+        "ensemble_of_nets", lambda model: AutoEnsemble(model, 3, init_loc_fn="net"), TraceEnsemble_ELBO, slow=True
+    ),
     PosteriorCase("anchored_trace_elbo", lambda model: AutoEnsemble(model, 3, anchored=True)),
     PosteriorCase(
         "repulsive",
         lambda model: AutoEnsemble(model, 3, anchored=True),
         lambda: TraceEnsemble_ELBO(repulsion=WeightRepulsion(GaussianKernel(1.0))),
+        slow=True,
     ),
     PosteriorCase(
-        "stein", lambda model: AutoEnsemble(model, 3), lambda: TraceEnsemble_ELBO(repulsion=SteinRepulsion())
+        "stein", lambda model: AutoEnsemble(model, 3), lambda: TraceEnsemble_ELBO(repulsion=SteinRepulsion()), slow=True
     ),
     PosteriorCase("swag", lambda model: AutoSWAG(model, rank=3), TraceEnsemble_ELBO, collects=True, reported=True),
-    PosteriorCase("multi_swag", lambda model: AutoSWAG(model, rank=3, members=2), TraceEnsemble_ELBO, collects=True),
+    PosteriorCase(
+        "multi_swag", lambda model: AutoSWAG(model, rank=3, members=2), TraceEnsemble_ELBO, collects=True, slow=True
+    ),
     PosteriorCase("snapshots", AutoSnapshots, TraceEnsemble_ELBO, collects=True),
     PosteriorCase("dropout", lambda model: AutoDropout(model, 0.2), reported=True),
-    PosteriorCase("dropout_masks", lambda model: AutoDropout(model, 0.2), lambda: TraceEnsemble_ELBO(num_particles=3)),
-    PosteriorCase("dropout_noise", AutoDropout, lambda: TraceDropout_ELBO(masks=3, noise=1.0)),
+    PosteriorCase(
+        "dropout_masks", lambda model: AutoDropout(model, 0.2), lambda: TraceEnsemble_ELBO(num_particles=3), slow=True
+    ),
+    PosteriorCase("dropout_noise", AutoDropout, lambda: TraceDropout_ELBO(masks=3, noise=1.0), slow=True),
     PosteriorCase("rank_one", lambda model: AutoRankOne(model, members=2), lambda: TraceEnsemble_ELBO(num_particles=2)),
     PosteriorCase("ivon", lambda model: AutoIVON(model, num_data=20), TraceEnsemble_ELBO, optimizer=IVON),
+    PosteriorCase("pbp", AutoPBP, model=relu_net, by_svi=False),
     PosteriorCase("factorized", AutoFactorizedNormal),
-    *(
-        PosteriorCase(f"laplace_{structure}", AutoDelta, after=partial(around, structure=structure), reported=reported)
-        for structure, reported in {"diagonal": False, "kronecker": True, "eigenbasis": False, "full": False}.items()
+    PosteriorCase(
+        "vogn",
+        AutoFactorizedNormal,
+        lambda: TraceNaturalGradient_ELBO("empirical", stick_the_landing=False, trust_region=None),
+        optimizer=natural,
+        slow=True,
     ),
-    PosteriorCase("laplace_last_layer", AutoDelta, after=partial(around, structure="full", sites="last layer")),
-    PosteriorCase("pyro_normal", AutoNormal, ours=False),
+    PosteriorCase("matrix", AutoMatrixNormal, TraceNaturalGradient_ELBO, optimizer=natural, slow=True),
+    PosteriorCase("eigen", AutoEigenNormal, TraceNaturalGradient_ELBO, optimizer=natural, slow=True),
+    *(
+        PosteriorCase(
+            f"laplace_{structure}",
+            AutoDelta,
+            after=partial(around, structure=structure),
+            reported=first,
+            slow=not first,
+        )
+        for structure, first in {"diagonal": False, "kronecker": True, "eigenbasis": False, "full": False}.items()
+    ),
+    PosteriorCase(
+        "laplace_last_layer", AutoDelta, after=partial(around, structure="full", sites="last layer"), slow=True
+    ),
+    PosteriorCase("pyro_normal", AutoNormal, ours=False, slow=True),
     PosteriorCase(
         "pyro_low_rank", lambda model: AutoLowRankMultivariateNormal(model, rank=2), ours=False, reported=True
     ),
-    PosteriorCase("pyro_full", AutoMultivariateNormal, ours=False),
-    PosteriorCase("pyro_delta", AutoDelta, ours=False),
+    PosteriorCase("pyro_full", AutoMultivariateNormal, ours=False, slow=True),
+    PosteriorCase("pyro_delta", AutoDelta, ours=False, slow=True),
+    PosteriorCase(
+        "kfac", AutoDelta, lambda: TraceNaturalGradient_ELBO("ggn"), ours=False, optimizer=natural, slow=True
+    ),
 ]

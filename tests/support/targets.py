@@ -68,7 +68,7 @@ def quartic(like: Tensor) -> None:
 
 def logistic_regression(x: Tensor, y: Tensor) -> None:
     """A potential that is not Gaussian, over all data."""
-    weight = pyro.sample("weight", dist.Normal(torch.zeros(x.shape[1], dtype=x.dtype), 1.0).to_event(1))
+    weight = pyro.sample("weight", dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1))
     with pyro.plate("rows", len(x)):
         logits = torch.stack([torch.zeros_like(x[:, 0]), x @ weight], -1)
         pyro.sample("y", dist.Categorical(logits=logits), obs=y)
@@ -76,16 +76,16 @@ def logistic_regression(x: Tensor, y: Tensor) -> None:
 
 def regression(x: Tensor, y: Tensor) -> None:
     """Linear regression on minibatches with a positive site: what the runner's contract is checked on."""
-    weight = pyro.sample("weight", dist.Normal(torch.zeros(x.shape[1], dtype=x.dtype), 1.0).to_event(1))
-    scale = pyro.sample("a_scale", dist.LogNormal(torch.zeros((), dtype=x.dtype), 0.5))
+    weight = pyro.sample("weight", dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1))
+    scale = pyro.sample("a_scale", dist.LogNormal(x.new_zeros(()), 0.5))
     with pyro.plate("rows", len(x), subsample_size=8) as index:
         pyro.sample("y", dist.Normal(x[index] @ weight, scale), obs=y[index])
 
 
 def full_regression(x: Tensor, y: Tensor) -> None:
     """The same on all data."""
-    weight = pyro.sample("weight", dist.Normal(torch.zeros(x.shape[1], dtype=x.dtype), 1.0).to_event(1))
-    scale = pyro.sample("a_scale", dist.LogNormal(torch.zeros((), dtype=x.dtype), 0.5))
+    weight = pyro.sample("weight", dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1))
+    scale = pyro.sample("a_scale", dist.LogNormal(x.new_zeros(()), 0.5))
     with pyro.plate("rows", len(x)):
         pyro.sample("y", dist.Normal(x @ weight, scale), obs=y)
 

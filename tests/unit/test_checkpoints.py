@@ -216,7 +216,13 @@ def same(first, second):
 
 @pytest.mark.slow
 def test_in_a_new_process(tmp_path):
-    """All of the state is the same; sums of two processes may differ in the last bit, by where their memory lies."""
+    """All of the state is the same. The losses too, but for a last bit that once differed on a loaded machine.
+
+    Why is not known; it was not seen again. Ruled out by trial: where memory lies (a matrix-vector product of MKL does
+    depend on it, but only below 16 bytes, and PyTorch's tensors begin at multiples of 64), the order of hashes, and
+    products and factorizations again and again under load. Another number of threads does change bits, of sums and
+    factorizations of some hundred rows.
+    """
     first, second = tmp_path / "first.pt", tmp_path / "second.pt"
     svi = training("matrix")
     advance(svi, HALF, data())

@@ -21,45 +21,27 @@ from bnn.guides import (
     explicit_regularizer,
 )
 from support.checks import ALPHA
+from support.conjugate import NOISE, PRIOR, two_output_constants, two_output_data, two_outputs
 from support.nets import BayesianMLP, data, numbers
 
-NOISE, PRIOR, RATE = 0.7, 1.3, 0.3
+pytestmark = pytest.mark.usefixtures("double")
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-
-
-def linear(x, y):
-    """With two outputs: a mask drops columns of the weight."""
-    weight = pyro.sample("weight", dist.Normal(torch.zeros(2, 3), PRIOR).to_event(2))
-    bias = pyro.sample("bias", dist.Normal(torch.zeros(2), PRIOR).to_event(1))
-    with pyro.plate("data", len(x)):
-        pyro.sample("obs", dist.Normal(F.linear(x, weight, bias), NOISE).to_event(1), obs=y)
-
-
-def args():
-    return numbers(12, 3, seed=3), numbers(12, 2, seed=4)
+RATE = 0.3
 
 
 def ready(rate=RATE, **settings):
-    guide = AutoDropout(linear, rate, **settings)
-    guide(*args())
+    guide = AutoDropout(two_outputs, rate, **settings)
+    guide(*two_output_data())
     guide.loc.data[:] = numbers(8, seed=5)
     return guide
 
 
 def energy(weight, bias):
     """U, up to a constant."""
-    x, y = args()
+    x, y = two_output_data()
     residuals = y - F.linear(x, weight, bias)
     penalty = weight.square().sum() + bias.square().sum()
     return 0.5 * residuals.square().sum() / NOISE**2 + 0.5 * penalty / PRIOR**2
-
-
-def constants():
-    return 24 * math.log(NOISE * math.sqrt(2 * math.pi)) + 8 * math.log(PRIOR * math.sqrt(2 * math.pi))
 
 
 def enumerated(function):
@@ -85,7 +67,7 @@ def test_masks_drop_whole_units_independently():
 @pytest.mark.parametrize("name", ["Trace", "vectorized"])
 def test_the_loss_is_the_mean_energy_in_closed_form(name):
     """E U(M ζ) = U(M) + ½ p/(1−p) Σ_j |M_j|² (Σ_i x_ij² / σ² + 1/s²), the last Gal's penalty."""
-    guide, (x, y) = ready(), args()
+    guide, (x, y) = ready(), two_output_data()
     weight, bias = guide.mean()["weight"], guide.mean()["bias"]
     values, weights = enumerated(lambda mask: energy(weight * mask, bias))
     per_unit = weight.square().sum(0) * (x.square().sum(0) / NOISE**2 + 1 / PRIOR**2)
@@ -93,11 +75,11 @@ def test_the_loss_is_the_mean_energy_in_closed_form(name):
     assert float(weights @ values) == pytest.approx(float(wanted), rel=1e-12)
     count = 1000 if name == "Trace" else 100_000
     if name == "Trace":
-        found = np.mean([Trace_ELBO().loss(linear, guide, x, y) for _ in range(count)])
+        found = np.mean([Trace_ELBO().loss(two_outputs, guide, x, y) for _ in range(count)])
     else:
-        found = TraceEnsemble_ELBO(num_particles=count).loss(linear, guide, x, y)
+        found = TraceEnsemble_ELBO(num_particles=count).loss(two_outputs, guide, x, y)
     sd = float((weights @ (values - wanted).square()).sqrt())
-    z = (found - constants() - float(wanted)) / (sd / math.sqrt(count))
+    z = (found - two_output_constants() - float(wanted)) / (sd / math.sqrt(count))
     assert abs(z) < stats.norm.isf(ALPHA / 2), z
 
 
@@ -114,7 +96,7 @@ SETTINGS = {
 def test_mean_and_variance_of_the_gradient(name):
     """Mean ∇[U + e (E U(Mζ) − U)] and variance v C, by enumeration of all masks; of k masks plainly C / k."""
     masks, explicit, noise, share = SETTINGS[name]
-    guide, (x, y) = ready(), args()
+    guide, (x, y) = ready(), two_output_data()
     loc = {name: value.clone() for name, value in guide.mean().items()}
 
     def gradient(mask):
@@ -131,7 +113,7 @@ def test_mean_and_variance_of_the_gradient(name):
         found, count = [], 1200
         for _ in range(count):
             guide.loc.grad = None
-            loss.loss_and_grads(linear, guide, x, y)
+            loss.loss_and_grads(two_outputs, guide, x, y)
             found.append(guide.loc.grad[guide.structure.sites["weight"].slice].clone())
         found = torch.stack(found)
         z = (found.mean(0) - mean) / (variance / count).sqrt()
@@ -142,14 +124,16 @@ def test_mean_and_variance_of_the_gradient(name):
 
 
 def test_the_loss_without_noise_and_mask_is_the_energy():
-    guide, (x, y) = ready(), args()
-    found = TraceDropout_ELBO(3, explicit=0.0, noise=2.0).loss(linear, guide, x, y)
-    assert found - constants() == pytest.approx(float(energy(guide.mean()["weight"], guide.mean()["bias"])), rel=1e-12)
+    guide, (x, y) = ready(), two_output_data()
+    found = TraceDropout_ELBO(3, explicit=0.0, noise=2.0).loss(two_outputs, guide, x, y)
+    assert found - two_output_constants() == pytest.approx(
+        float(energy(guide.mean()["weight"], guide.mean()["bias"])), rel=1e-12
+    )
 
 
 def test_the_explicit_regularizer_of_linear_regression():
     """R = ½ p/(1−p) Σ_j |M_j|² Σ_i x_ij² / σ², which is E U(Mζ) − U(M) without the prior's part; and its gradient."""
-    guide, (x, y) = ready(), args()
+    guide, (x, y) = ready(), two_output_data()
     weight = guide.mean()["weight"]
     scale = 0.5 * RATE / (1 - RATE) * x.square().sum(0) / NOISE**2
     found = explicit_regularizer(guide, x, y)
@@ -212,14 +196,17 @@ def test_medians_of_entries():
 
 
 BAD = {
-    "rate": (lambda: AutoDropout(linear, 1.0), "rate is 1.0; give the probability"),
+    "rate": (lambda: AutoDropout(two_outputs, 1.0), "rate is 1.0; give the probability"),
     "no units": (lambda: ready(units=lambda name, shape: None), "has units to drop: give units="),
     "masks": (lambda: TraceDropout_ELBO(0), "masks is 0; give the number of masks"),
     "explicit": (lambda: TraceDropout_ELBO(explicit=1.5), "explicit is 1.5; give a weight from 0"),
     "noise": (lambda: TraceDropout_ELBO(2, noise=0.1), "with explicit=1.0 and 2 masks it is at least 0.5"),
-    "guide": (lambda: TraceDropout_ELBO().loss(linear, AutoEnsemble(linear), *args()), "is for AutoDropout"),
+    "guide": (
+        lambda: TraceDropout_ELBO().loss(two_outputs, AutoEnsemble(two_outputs), *two_output_data()),
+        "is for AutoDropout",
+    ),
     "repulsion": (
-        lambda: TraceEnsemble_ELBO(repulsion=WeightRepulsion()).loss(linear, ready(), *args()),
+        lambda: TraceEnsemble_ELBO(repulsion=WeightRepulsion()).loss(two_outputs, ready(), *two_output_data()),
         "keeps members of an ensemble apart",
     ),
     "dimension": (lambda: ready(units=lambda name, shape: 2), "units gives dimension 2 for site 'weight'"),

@@ -23,10 +23,7 @@ from support.checks import assert_covariance, assert_mean
 from support.conjugate import NOISE, PRIOR, exact, linear, regression_data, trained
 from support.nets import BayesianMLP, data, normal_prior, numbers
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def positive(x, y):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pyro.infer import SVI, Trace_ELBO
-from pyro.optim import ExponentialLR
+from pyro.optim import SGD, Adam, ClippedAdam, ExponentialLR
 
 from bnn.guides import (
     IVON,
@@ -19,12 +19,9 @@ from bnn.guides import (
 from bnn.guides.ivon import IVONOptimizer
 from support.nets import numbers
 
+pytestmark = pytest.mark.usefixtures("double")
+
 ROWS, PRIOR, HESS = 20, 0.6, 0.7
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
 
 
 def linear(x, y):
@@ -140,7 +137,11 @@ BAD = {
     ),
     "loss": (
         lambda: SVI(linear, AutoIVON(linear, num_data=9), IVON(), Trace_ELBO()).step(*args()),
-        "IVON moves the parameter of AutoIVON alone",
+        "AutoIVON is trained by TraceEnsemble_ELBO",
+    ),
+    "loss and optimizer": (
+        lambda: SVI(linear, AutoIVON(linear, num_data=9), Adam({"lr": 0.1}), Trace_ELBO()).step(*args()),
+        "AutoIVON is trained by TraceEnsemble_ELBO",
     ),
 }
 
@@ -150,3 +151,29 @@ def test_mistakes_are_refused_in_words(name):
     make, words = BAD[name]
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("optimizer", [Adam({"lr": 0.01}), ClippedAdam({"lr": 0.01}), SGD({"lr": 1e-6})])
+def test_another_optimizer_is_refused(optimizer):
+    """At the second step, and by draws after the first: it would move h along its own estimate."""
+    guide = AutoIVON(linear, num_data=ROWS)
+    svi = SVI(linear, guide, optimizer, TraceEnsemble_ELBO())
+    svi.step(*args())
+    for use in (lambda: svi.step(*args()), lambda: guide.draws(2), guide.median, guide.scale):
+        with pytest.raises(ValueError, match="was moved by another optimizer than IVON"):
+            use()
+
+
+def test_losses_without_steps_and_restored_parameters_are_no_other_optimizer():
+    guide = AutoIVON(linear, num_data=ROWS)
+    svi, loss = SVI(linear, guide, IVON(), TraceEnsemble_ELBO()), TraceEnsemble_ELBO()
+    svi.evaluate_loss(*args())
+    guide.state.data[0] = 1.0
+    for _ in range(2):
+        loss.loss_and_grads(linear, guide, *args())
+    svi.step(*args())
+    kept = {name: value.clone() for name, value in guide.state_dict().items()}
+    svi.step(*args())
+    guide.load_state_dict(kept)
+    svi.step(*args())
+    assert guide.draws(2)["weight"].isfinite().all()

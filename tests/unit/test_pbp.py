@@ -10,14 +10,12 @@ import torch
 from scipy import integrate, special, stats
 
 import bnn
-from bnn.guides import AutoPBP
+from bnn.guides import AutoPBP, TraceEnsemble_ELBO
 from bnn.guides.pbp import linear_moments, moved_gamma, moved_normal, relu_moments
+from support.checks import ALPHA
 from support.nets import numbers
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def test_linear_moments_are_exact_for_independent_entries():
@@ -81,6 +79,22 @@ def test_the_update_of_a_gamma_is_exact_where_the_posterior_is_a_gamma():
     assert found == pytest.approx((shape + 0.5, rate + 0.5 * residual**2), rel=1e-9)
 
 
+def test_a_datum_far_off_leaves_the_noise_with_a_mean():
+    """The shape that the moments ask for may fall below 1, where the mean of 1/τ is infinite: then nothing moves."""
+
+    def log_z(a, residual=62.0, spread=0.6):
+        total = spread + 1.0 / (a - 1)
+        return -0.5 * math.log(2 * math.pi * total) - 0.5 * residual**2 / total
+
+    ratios = [math.exp(log_z(a + 1) - log_z(a)) for a in (6.0, 7.0)]
+    assert 1 / (ratios[1] / ratios[0] * 7 / 6 - 1) < 1  # what equation 12 gives
+    assert moved_gamma(6.0, 1.0, log_z) == (6.0, 1.0)
+    guide = AutoPBP(linear_model(bnn.likelihoods.Gaussian(precision=dist.Gamma(6.0, 1.0))))
+    for _ in range(3):
+        guide.assimilate(torch.eye(3), 60.0 * torch.ones(3))
+    assert guide.gamma[0] > 1 and guide.mean.isfinite().all() and (guide.variance > 0).all()
+
+
 def linear_model(noise, prior=1.3):
     net = torch.nn.Linear(3, 1, bias=False)
     return bnn.bayesian(torch.nn.Sequential(net), prior=bnn.priors.Normal(prior), likelihood=noise)
@@ -129,6 +143,21 @@ def test_log_z_is_that_of_a_net_with_propagated_moments():
     assert guide.assimilate(x, y) == pytest.approx(-float(wanted), rel=1e-10)
 
 
+def test_the_outputs_of_one_hidden_layer_have_exact_moments():
+    """Against draws of the weights: given the input, units of one layer are independent."""
+    net, count = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.ReLU(), torch.nn.Linear(5, 1)), 400_000
+    guide, x = AutoPBP(bnn.bayesian(net, likelihood=bnn.likelihoods.Gaussian(0.5))), numbers(4, 2, seed=3)
+    guide(x, numbers(4, seed=4))
+    guide.mean += numbers(len(guide.mean), seed=5)
+    mean, variance = (float(moment) for moment in guide._output(guide.mean, guide.variance, x[0]))
+    drawn = guide.draws(count)
+    hidden = torch.relu(drawn["0.weight"] @ x[0] + drawn["0.bias"])
+    outputs = (hidden * drawn["2.weight"].squeeze(1)).sum(-1) + drawn["2.bias"].squeeze(-1)
+    for found, wanted in ((outputs, mean), ((outputs - mean).square(), variance)):
+        z = (float(found.mean()) - wanted) / (float(found.std()) / math.sqrt(count))
+        assert abs(z) < stats.norm.isf(ALPHA / 4), (z, wanted)
+
+
 def test_a_learned_noise_and_its_draws():
     """The precision's Gamma takes half a datum's worth of shape from each row that says much about it."""
     net = torch.nn.Sequential(torch.nn.Linear(1, 10), torch.nn.ReLU(), torch.nn.Linear(10, 1))
@@ -156,6 +185,25 @@ def gaussian(*layers, noise=None, prior=None):
 
 BAD = {
     "model": (lambda: AutoPBP(lambda x: x), "whose net is torch.nn.Sequential of Linear and ReLU"),
+    "relu first": (lambda: AutoPBP(gaussian(torch.nn.ReLU(), torch.nn.Linear(1, 1))), "and ReLU, Linear first"),
+    "features": (
+        lambda: AutoPBP(linear_model(bnn.likelihoods.Gaussian(0.5))).assimilate(numbers(4, 2), numbers(4)),
+        r"x has shape \(4, 2\) and y \(4,\); give \(rows, 3\) and",
+    ),
+    "rows": (
+        lambda: AutoPBP(linear_model(bnn.likelihoods.Gaussian(0.5))).assimilate(numbers(4, 3), numbers(5)),
+        r"x has shape \(4, 3\) and y \(5,\)",
+    ),
+    "nan": (
+        lambda: AutoPBP(linear_model(bnn.likelihoods.Gaussian(0.5))).assimilate(numbers(2, 3), numbers(2) * math.nan),
+        "argument 1 of the model holds 2 values that are NaN",
+    ),
+    "loss": (
+        lambda: TraceEnsemble_ELBO().loss(
+            None, AutoPBP(linear_model(bnn.likelihoods.Gaussian(0.5))), numbers(2, 3), numbers(2, 1)
+        ),
+        r"trained by guide.assimilate\(x, y\), not by SVI",
+    ),
     "tanh": (lambda: AutoPBP(gaussian(torch.nn.Linear(1, 1), torch.nn.Tanh())), "of Linear and ReLU"),
     "outputs": (lambda: AutoPBP(gaussian(torch.nn.Linear(1, 2))), "AutoPBP needs one output"),
     "noise": (

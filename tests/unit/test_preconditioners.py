@@ -208,7 +208,10 @@ def test_layer_wise():
     "build",
     [
         lambda m, rule: SGLD(m, step_size="auto", preconditioner=rule, compile="fx", steps_per_sample=5),
-        lambda m, rule: SGHMC(m, step_size="auto", friction=1.0, mass=rule, compile="fx", steps_per_sample=10),
+        pytest.param(
+            lambda m, rule: SGHMC(m, step_size="auto", friction=1.0, mass=rule, compile="fx", steps_per_sample=10),
+            marks=pytest.mark.slow,
+        ),
         lambda m, rule: SGNHT(m, step_size=0.01, friction=1.0, mass=rule, compile="fx", thermostat="per_coordinate"),
     ],
     ids=["sgld", "sghmc", "sgnht"],

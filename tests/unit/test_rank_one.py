@@ -6,36 +6,22 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-import torch.nn.functional as F
 from pyro.infer import Trace_ELBO
 from scipy import stats
 
 from bnn.guides import AutoRankOne, TraceEnsemble_ELBO
 from support.checks import ALPHA
+from support.conjugate import NOISE, PRIOR, two_output_constants, two_output_data, two_outputs
 from support.nets import numbers
 
-NOISE, PRIOR, FACTOR = 0.7, 1.3, 0.4
+pytestmark = pytest.mark.usefixtures("double")
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-
-
-def linear(x, y):
-    weight = pyro.sample("weight", dist.Normal(torch.zeros(2, 3), PRIOR).to_event(2))
-    bias = pyro.sample("bias", dist.Normal(torch.zeros(2), PRIOR).to_event(1))
-    with pyro.plate("data", len(x)):
-        pyro.sample("obs", dist.Normal(F.linear(x, weight, bias), NOISE).to_event(1), obs=y)
-
-
-def args():
-    return numbers(12, 3, seed=3), numbers(12, 2, seed=4)
+FACTOR = 0.4
 
 
 def ready(members=1):
-    guide = AutoRankOne(linear, members=members, prior_scale=FACTOR)
-    guide(*args())
+    guide = AutoRankOne(two_outputs, members=members, prior_scale=FACTOR)
+    guide(*two_output_data())
     guide.loc.data[:] = numbers(8, seed=5)
     guide.factor_loc.data[:] = 1.0 + 0.3 * numbers(members, 5, seed=6)
     guide.factor_scale = 0.2 + 0.1 * numbers(members, 5, seed=7).abs()
@@ -54,16 +40,15 @@ def moments(guide, member):
 
 def expected_loss(guide, member):
     """E[−log p(y | W')] − log p(W) − log p(bias) + KL, by the moments."""
-    (x, y), bias = args(), guide.loc.detach()[6:]
+    (x, y), bias = two_output_data(), guide.loc.detach()[6:]
     weight = guide.loc.detach()[:6]
     mean, products = moments(guide, member)
     target = y - bias
     squares = target.square().sum() - 2 * (target * (x @ mean.T)).sum() + torch.einsum("nj,nl,ijl->", x, x, products)
     m, v = guide.factor_loc.detach()[member], guide.factor_scale.detach()[member].square()
     divergence = 0.5 * ((v + (m - 1).square()) / FACTOR**2 - 1 - (v / FACTOR**2).log()).sum()
-    constants = 24 * math.log(NOISE * math.sqrt(2 * math.pi)) + 8 * math.log(PRIOR * math.sqrt(2 * math.pi))
     penalty = 0.5 * (weight.square().sum() + bias.square().sum()) / PRIOR**2
-    return float(0.5 * squares / NOISE**2 + penalty + divergence + constants)
+    return float(0.5 * squares / NOISE**2 + penalty + divergence) + two_output_constants()
 
 
 def test_draws_have_the_moments_of_the_product():
@@ -84,9 +69,9 @@ def test_the_loss_is_the_closed_form(members):
     guide = ready(members)
     wanted = sum(expected_loss(guide, member) for member in range(members)) / members
     with torch.no_grad():
-        few = torch.tensor([Trace_ELBO().loss(linear, guide, *args()) for _ in range(200)])
+        few = torch.tensor([Trace_ELBO().loss(two_outputs, guide, *two_output_data()) for _ in range(200)])
         loss = TraceEnsemble_ELBO(num_particles=1000)
-        many = torch.tensor([loss.loss(linear, guide, *args()) for _ in range(100)])
+        many = torch.tensor([loss.loss(two_outputs, guide, *two_output_data()) for _ in range(100)])
     for found in (few, many):
         z = (found.mean() - wanted) / (found.std() / math.sqrt(len(found)))
         assert abs(float(z)) < stats.t.isf(ALPHA / 2, len(found) - 1), (float(z), float(found.mean()), wanted)
@@ -99,7 +84,7 @@ def test_gradients_are_those_of_pyros_elbo():
         for leaf in guide.parameters():
             leaf.grad = None
         torch.manual_seed(4)
-        value = loss.loss_and_grads(linear, guide, *args())
+        value = loss.loss_and_grads(two_outputs, guide, *two_output_data())
         found.append([torch.tensor(value), *(leaf.grad.clone() for leaf in guide.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
@@ -112,10 +97,13 @@ def no_weight(x, y):
 
 
 BAD = {
-    "members": (lambda: AutoRankOne(linear, members=0), "members is 0; give the number of components"),
-    "prior": (lambda: AutoRankOne(linear, prior_scale=0.0), "prior_scale is 0.0; give a positive"),
-    "start": (lambda: AutoRankOne(linear, init_scale=-1.0), "init_scale is -1.0; give a positive"),
-    "no weight": (lambda: AutoRankOne(no_weight)(*args()), "there is no weight whose units could have factors"),
+    "members": (lambda: AutoRankOne(two_outputs, members=0), "members is 0; give the number of components"),
+    "prior": (lambda: AutoRankOne(two_outputs, prior_scale=0.0), "prior_scale is 0.0; give a positive"),
+    "start": (lambda: AutoRankOne(two_outputs, init_scale=-1.0), "init_scale is -1.0; give a positive"),
+    "no weight": (
+        lambda: AutoRankOne(no_weight)(*two_output_data()),
+        "there is no weight whose units could have factors",
+    ),
 }
 
 

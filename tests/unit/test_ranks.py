@@ -1,8 +1,6 @@
 """Several processes: chains or rows shared out, with the results of one process."""
 
-import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ from pyro.infer.mcmc import NUTS
 from bnn.guides import TraceNaturalGradient_ELBO
 from bnn.kernels import MCMC, SGLD
 from bnn.ranks import Ranks
+from support import rank_processes
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "rank_checks.py"
 TOLERANCE = 2e-5  # of sums in single precision, in another order, over a few dozen steps
@@ -23,30 +22,8 @@ TOLERANCE = 2e-5  # of sums in single precision, in another order, over a few do
 
 def ranks_of(count, *groups, **environment):
     """What each check found on each rank: name -> found by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "TIMEOUT": "200"}
-    common |= {"PYTHONPATH": str(SCRIPT.parents[1]), **environment}
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), *groups],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    found: dict = {}
-    for rank, child in enumerate(children):
-        out, err = child.communicate(timeout=400)
-        assert child.returncode in (0, 3 if "death" in groups and rank == 1 else 0), err[-3000:]
-        for line in out.splitlines():
-            if line.startswith("{"):
-                entry = json.loads(line)
-                found.setdefault(entry.pop("name"), {})[entry.pop("rank")] = entry
-    return found
+    dying = {1} if "death" in groups else ()
+    return rank_processes.ranks_of(SCRIPT, count, *groups, dying=dying, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +184,6 @@ def test_settings():
         MCMC(SGLD(model, step_size=0.1), 10, num_chains=2, chain_method="parallel", ranks="chains")
     with pytest.raises(NotImplementedError, match="ranks= is for the kernels of bnn.kernels"):
         MCMC(NUTS(model), 10, ranks="chains")
-    with pytest.raises(NotImplementedError, match="store= is not served with ranks= yet"):
-        MCMC(SGLD(model, step_size=0.1), 10, ranks="chains", store="run.zarr")
     with pytest.raises(ValueError, match="ranks='chains' is unknown: give 'data' or None"):
         TraceNaturalGradient_ELBO(ranks="chains")
     assert torch.distributed.is_available()

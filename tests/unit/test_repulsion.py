@@ -14,10 +14,7 @@ from bnn.guides import AutoEnsemble, FunctionRepulsion, GaussianKernel, SteinRep
 from support.conjugate import exact, linear, regression_data, trained
 from support.nets import numbers
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def test_repulsion_is_minus_the_score_of_a_kernel_density_estimate():

@@ -14,7 +14,7 @@ import torch
 from pyro.infer import MCMC as PyroMCMC
 from pyro.infer.mcmc import StreamingMCMC
 
-from bnn.kernels import MCMC
+from bnn.kernels import GGMC, MCMC, SGHMC, SGLD
 from support import targets
 from support.cases import KERNELS
 
@@ -38,16 +38,17 @@ def ours(chain_method: str) -> Callable[..., MCMC]:
     return build
 
 
+OFTEN = (SGLD, SGHMC, GGMC)  # the others run under Pyro's runner in the slow suite
 RUNNERS = {"pyro": stock, "vectorized": ours("vectorized")}
 every_kernel = pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
 
 
 def _rows() -> Iterator[Any]:
-    """Every kernel under every runner; under Pyro's, which moves chain after chain, a row of each class by default."""
+    """Every kernel under every runner; under Pyro's, which moves chain after chain, a row of some by default."""
     classes = set()
     for case in KERNELS:
         for name, runner in RUNNERS.items():
-            is_further = name == "pyro" and case.kernel in classes
+            is_further = name == "pyro" and (case.kernel in classes or case.kernel not in OFTEN)
             yield pytest.param(case, runner, id=f"{case.name}-{name}", marks=[pytest.mark.slow] if is_further else [])
         classes.add(case.kernel)
 

@@ -54,7 +54,7 @@ def test_the_momenta_that_drive_the_thermostat_are_at_the_temperature(h, tempera
     assert_balance(state, h, temperature)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.1])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.1])
 def test_without_noise_the_law_is_the_targets(temperature):
     """exp(−U/T) · N(0, TM) · N(0, 1/μ): at h = 0.05 the bias, of order h², is below 0.1 %."""
     state = per_coordinate(0.05, temperature, 800, thermostat_mass=2.0)
@@ -63,7 +63,8 @@ def test_without_noise_the_law_is_the_targets(temperature):
     assert_variance("thermostat", state.thermostat.numpy(), 1 / 2.0, alpha=1e-9)
 
 
-@pytest.mark.parametrize("thermostat", [pytest.param("scalar", marks=pytest.mark.slow), "per_coordinate"])
+@pytest.mark.slow
+@pytest.mark.parametrize("thermostat", ["scalar", "per_coordinate"])
 def test_noise_that_doubles_the_temperature_of_sghmc_is_absorbed(thermostat):
     h, temperature = 0.05, 0.5
     noise = 2 * temperature * FRICTION / h

@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import threading
-import warnings
 from pathlib import Path
 
 import arviz as az
@@ -20,8 +19,8 @@ from pyro.infer import NUTS
 
 import bnn
 from bnn import Store, reports
+from bnn.draw_store import DrawStore
 from bnn.kernels import MCMC, SGHMC
-from bnn.store import DrawStore
 from bnn.store_writer import StoreError
 from support import stored, targets
 
@@ -381,17 +380,3 @@ def test_a_damaged_checkpoint(name, tmp_path):
     with pytest.raises(RuntimeError, match="cannot be resumed: its last checkpoint cannot be read"):
         ran(path, resume=True)
     assert bnn.to_arviz(path)["posterior"].sizes["draw"] == 12
-
-
-def test_memory_does_not_grow_with_the_draws(tmp_path, monkeypatch):
-    """Rows of statistics in memory stay those of one block."""
-    monkeypatch.setattr("bnn.kernels._stored_draws.ROWS", 5)
-    sizes = []
-
-    def hook(kernel, params, stage, i):
-        sizes.append(kernel._running.record._rows)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ran(tmp_path / "a", num_samples=60, hook_fn=hook)
-    assert max(sizes) <= 5 + 1

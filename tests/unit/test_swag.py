@@ -16,10 +16,7 @@ from bnn.guides import AutoSnapshots, AutoSWAG, PerMember, TraceEnsemble_ELBO
 from support.checks import ALPHA, assert_covariance, assert_mean
 from support.nets import numbers
 
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def linear(x, y, batch_size=None):

@@ -28,7 +28,9 @@ def seconds(monkeypatch, **by_tier):
 
 
 def test_unknown_tier():
-    with pytest.raises(ValueError, match="'jit' is not a tier: choose one of 'auto', 'inductor', 'fx', 'handlers'"):
+    with pytest.raises(
+        ValueError, match="'jit' is not a tier: choose one of 'auto', 'inductor', 'fx', 'cuda_graph', 'handlers'"
+    ):
         tiers.check_tier("jit")
 
 

@@ -1,5 +1,7 @@
 """Ten steps recorded in one program are ten steps: the same path without noise, the exact law with it."""
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -34,6 +36,31 @@ def test_the_path_under_a_schedule(build):
         positions[tier] = kernel.position
     torch.testing.assert_close(positions["inductor"], positions["fx"], rtol=1e-10, atol=1e-14)
     assert (positions["fx"][0] - start).abs().min() > 0.05
+
+
+@pytest.mark.parametrize("kernel", [SGLD, lambda model, **options: SGHMC(model, friction=2.0, **options)])
+def test_each_step_has_a_minibatch_of_its_own(kernel):
+    """At T = 0 the path is that of single steps on the same minibatches, of one row each."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(40, 2, generator=generator), torch.randn(40, generator=generator)
+
+    def model(x, y):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x), subsample_size=1) as rows:
+            pyro.sample("y", dist.Normal(x[rows] @ z, 1.0), obs=y[rows])
+
+    positions = {}
+    for tier in ("fx", "inductor"):
+        pyro.set_rng_seed(4)
+        moving = kernel(model, step_size=1e-3, temperature=0.0, steps_per_sample=STEPS, compile=tier)
+        moving.initial_params = {"z": torch.zeros(2)}
+        moving.setup(0, x, y)
+        pyro.set_rng_seed(5)
+        for _ in range(2):  # 24 of 40 rows: their order was drawn in advance, before any noise
+            moving.advance()
+        assert moving._running.unrolled == (UNROLLED_STEPS if tier == "inductor" else 0)
+        positions[tier] = moving.position
+    torch.testing.assert_close(positions["inductor"], positions["fx"], rtol=1e-4, atol=1e-6)
 
 
 def test_the_law():

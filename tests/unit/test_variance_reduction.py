@@ -367,7 +367,8 @@ def svrg_moments(h, steps, every, start=None, first=0):
     return second
 
 
-@pytest.mark.parametrize("every", [pytest.param(2, marks=pytest.mark.slow), 7])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [2, 7])
 def test_svrg_with_a_step_size_that_is_found(every):
     """The law of the step that warm-up chose, whose bias is what was allowed; the noise counted is that of SVRG."""
     mean, curvature = float((X * Y).sum() / (1 + (X**2).sum())), float(1 + (X**2).sum())

@@ -27,7 +27,7 @@ def student(like: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("target", [0.6, 0.9])
-@pytest.mark.parametrize("kernel", [GGMC, AMAGOLD])
+@pytest.mark.parametrize("kernel", [GGMC, pytest.param(AMAGOLD, marks=pytest.mark.slow)])
 def test_step_size_for_an_acceptance_and_the_exact_law(kernel, target):
     """From exact draws, through 150 draws of warm-up, to exact draws: adapting to the mean of all chains is exact."""
     one = kernel(student, friction=1.0, num_steps=3, target_acceptance=target, compile="fx")
@@ -180,8 +180,8 @@ def steep_regression(x: torch.Tensor, y: torch.Tensor) -> None:
     [
         (GGMC, {"friction": None, "num_steps": 8}),
         (GGMC, {"friction": 1.0, "num_steps": 2}),
-        (AMAGOLD, {"friction": 1.0}),
-        (SGHMC, {"friction": 1.0, "step_size": "auto", "steps_per_sample": 50}),
+        pytest.param(AMAGOLD, {"friction": 1.0}, marks=pytest.mark.slow),
+        pytest.param(SGHMC, {"friction": 1.0, "step_size": "auto", "steps_per_sample": 50}, marks=pytest.mark.slow),
     ],
     ids=["hmc", "ggmc", "amagold", "sghmc"],
 )

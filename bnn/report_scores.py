@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from bnn.leave_one_out import loo_report
-from bnn.randomness import kept_randomness
 from bnn.report_data import RunData
 from bnn.report_findings import CAUTION, NOTE, Finding
 from bnn.report_plots import Panel, panel
@@ -63,6 +62,8 @@ class Judged:
 def own_generator() -> Iterator[None]:
     """Torch's global generator from a fixed seed, put back afterwards."""
     import torch
+
+    from bnn.randomness import kept_randomness
 
     with kept_randomness():
         torch.manual_seed(0)

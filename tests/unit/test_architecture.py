@@ -97,6 +97,27 @@ def test_files_are_short_and_named_after_their_subject(path: Path) -> None:
     assert path.name != "utils.py", f"{relative(path)}: name helpers after what they are about"
 
 
+def names_at_the_top(path: Path) -> set[str]:
+    """What importing the file imports: not what stands in its functions."""
+    top = ast.Module([node for node in parse(path).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)], [])
+    return set(imported_names(top))
+
+
+@pytest.mark.parametrize("module", ["report_page", "leave_one_out", "arviz_data"])
+def test_reports_of_files_need_no_torch(module: str) -> None:
+    """Where ArviZ 1.x lives there may be no torch; tests/arviz1 runs these modules without it."""
+    reached, ahead = set(), [module]
+    while ahead:
+        path = ROOT / "bnn" / f"{ahead.pop()}.py"
+        if path in reached or not path.is_file():
+            continue
+        reached.add(path)
+        names = names_at_the_top(path)
+        assert not any(within(name, package) for name in names for package in ("torch", "pyro")), relative(path)
+        ahead += [name.split(".")[1] for name in names if name.startswith("bnn.")]
+    assert reached
+
+
 def test_packages_name_every_folder() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = {relative(path.parent) for path in SOURCES}

@@ -164,3 +164,15 @@ def _apart(operand: Node, node: Node, roots: dict[Node, Node]) -> bool:
     """Whether no other operand shows the same memory in another way."""
     others = [other for other in node.all_input_nodes if other is not operand]
     return all(roots[other] is not roots[operand] for other in others)
+
+
+def write_back(graph_module: GraphModule) -> GraphModule:
+    """A recorded graph whose outputs are written over its inputs, one by one, and are these."""
+    graph, inputs = graph_module.graph, [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    output = next(node for node in graph.nodes if node.op == "output")
+    with graph.inserting_before(output):
+        for node, made in zip(inputs, output.args[0], strict=True):
+            graph.call_function(aten.copy_.default, (node, made))
+    output.args = (tuple(inputs),)
+    graph_module.recompile()
+    return graph_module

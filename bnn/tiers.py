@@ -88,6 +88,9 @@ def choose(
     compile: str = "auto",
     calls: int = 0,
     decided: dict[str, str] | None = None,
+    *,
+    plain: Callable[..., tuple[torch.Tensor, ...]] | None = None,
+    seconds_to_repay: float = SECONDS_TO_REPAY,
 ) -> Program:
     """The recorded program in the tier that is asked for, or the faster one.
 
@@ -97,13 +100,15 @@ def choose(
         faster of the first two where that repays its compilation.
     :param calls: how often the program will run, as far as is known.
     :param decided: what ``"auto"`` was decided to be, of programs by their hash: is kept to, and added to.
+    :param plain: what does the same without a compilation, if not the recording op by op.
+    :param seconds_to_repay: what it must take in all before ``"auto"`` compiles.
     :raises RuntimeError: if ``compile="inductor"`` and inductor cannot compile, or what is to be a CUDA graph cannot.
     :raises ValueError: if ``compile="cuda_graph"`` and there are tensors elsewhere than on a CUDA device.
     """
     if compile == "auto" and calls > 0 and decided is not None:
         key = _hash_of(graph_module, inputs)
         if key not in decided:
-            program = choose(graph_module, inputs, compile, calls)
+            program = choose(graph_module, inputs, compile, calls, plain=plain, seconds_to_repay=seconds_to_repay)
             decided[key] = program.tier
             return program
         compile = decided[key]
@@ -112,13 +117,13 @@ def choose(
     if compile == "cuda_graph":
         with kept_randomness():
             return Program(captured(run_fx(graph_module), inputs), "cuda_graph")
-    program = Program(run_fx(graph_module), "fx")
+    program = Program(plain or run_fx(graph_module), "fx")
     if compile == "fx" or calls <= 0:
         return program
     memory = _Memory(graph_module, inputs)
     if "fx" not in memory.seconds:
         memory.store("fx", _seconds(program, inputs))
-    if calls * memory.seconds["fx"] < SECONDS_TO_REPAY:
+    if calls * memory.seconds["fx"] < seconds_to_repay:
         return program
     if memory.seconds.get("inductor", 0.0) > memory.seconds["fx"]:
         return program

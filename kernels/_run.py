@@ -14,11 +14,11 @@ from bnn.kernels._algorithm import Algorithm, EnergyAndGrad
 from bnn.kernels._coordinates import Number
 from bnn.kernels._draw_statistics import DrawStatistics
 from bnn.kernels._metric import Identity, Metric
-from bnn.kernels._noise import Noise
 from bnn.kernels._record import Record
 from bnn.kernels.schedules import value_at
 from bnn.kernels.variance_reduction import Anchor, Anchoring, reduced
 from bnn.minibatch import Stream
+from bnn.noise import Noise
 from bnn.potential import Potential
 from bnn.tiers import Program
 
@@ -56,8 +56,7 @@ class Run:
         self.coordinates: dict[str, Number] = {}  # settings per coordinate, worked out once
         self.unrolled = 0  # steps of the program that records several, 0 without one
         self._programs: dict[Any, Program] = {}
-        self.noise: dict[int, tuple[Tensor, tuple[Tensor, ...], bool]] = {}
-        self.source = Noise()
+        self.noise = Noise(potential.dtype, potential.device)
         self.planned_steps = 0
         self.step = 0
         self.draws = 0
@@ -159,6 +158,7 @@ class Run:
     def prepare(self, inputs: list[Tensor]) -> None:
         """Record the step, so that what cannot work fails before any sampling."""
         _ = self.statistics  # its constants are no part of a recording
+        self.noise = self._source()
         steps = self.kernel.steps_at_once(0)
         times = self.planned_steps // steps
         even = self.potential.batches is None  # a loader's last batch may be smaller
@@ -173,6 +173,18 @@ class Run:
             self._program(UNROLLED_STEPS, True, inputs * UNROLLED_STEPS, times * (steps // UNROLLED_STEPS))
         if not self.unrolled or steps % UNROLLED_STEPS:
             self._program(1, True, inputs, times)
+
+    def _source(self) -> Noise:
+        """The noise of the steps."""
+        potential, compile = self.potential, self.potential.compile
+        if not self.kernel.noises_per_step or (potential.share is not None and compile == "auto"):
+            compile = "fx"  # ranks that share the data draw the same numbers, and each has a clock of its own
+        numbers = self.planned_steps * self.kernel.noises_per_step * self.chains * potential.dim
+        return Noise(potential.dtype, potential.device, compile, numbers, potential.decided)
+
+    def noise_shapes(self, steps: int) -> tuple[tuple[int, int], ...]:
+        """Of the noise that so many steps take."""
+        return ((self.chains, self.potential.dim),) * (steps * self.kernel.noises_per_step)
 
     def take_steps(self, count: int) -> Tensor:
         """``count`` steps of all chains; statistics ``(chains, names)`` of the last, or its energy."""
@@ -190,11 +202,7 @@ class Run:
             self.anchoring.before(self.step, self.position)
         batches = [tensor for inputs in self.stream.next(steps) for tensor in inputs]
         program = self._program(steps, observed, batches)
-        buffer, noise, own = self.noise[steps]
-        if own:
-            self.source.fill(buffer)
-        else:
-            buffer.normal_()
+        noise = self.noise.draw(self.noise_shapes(steps))
         if self.constant:
             numbers: Sequence[Tensor] = self.numbers_at(0)
         else:
@@ -244,14 +252,13 @@ class Run:
             position = self.metric.forward(state[0], metric)
             return (*state, self.statistics.row(before, state, evaluation, position, numbers))
 
-        shape, like = (steps * noises, self.chains, self.potential.dim), self.potential
-        noise = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.noise[steps] = (noise, noise.unbind(0), Noise.serves(noise))
+        like = self.potential
+        noise = [torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in self.noise_shapes(steps)]
         numbers = [c for s in range(1 if self.constant else steps) for c in self.numbers_at(s)]
         numbers += self.metric.tensors
         if self.in_chunks or self.potential.share is not None:
             return Program(function, "chunks")  # whose gradient is many calls of a recorded program, or many ranks'
-        example = [*self.state, *noise.unbind(0), *inputs, *self._anchor, *numbers]
+        example = [*self.state, *noise, *inputs, *self._anchor, *numbers]
         per_chain = [True] * (len(example) - len(numbers)) + [False] * len(numbers)
         return self.potential.program(function, example, per_chain, calls)
 

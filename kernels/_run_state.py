@@ -9,7 +9,7 @@ from bnn.saved_state import dumps, loads
 
 # Attributes of a Run that change while it runs. What is not here, a new setup makes again: programs, data, shapes.
 CHANGING = (
-    "state", "metric", "anchoring", "stream", "source", "_numbers", "_phases", "step", "draws", "last_stats", "stopped",
+    "state", "metric", "anchoring", "stream", "noise", "_numbers", "_phases", "step", "draws", "last_stats", "stopped",
     "any_stopped", "stopped_at", "record",
 )  # fmt: skip
 
@@ -43,6 +43,7 @@ def _made_anew(kernel: StochasticGradientKernel) -> dict[str, Any]:
         "potential": run.potential,
         "sites": run.potential.sites,
         "share": run.potential.share,
+        "noise": run.noise.program,
         "ranks": kernel.ranks,
         "batches": kernel.batches,
         "variance_reduction": kernel.variance_reduction,

@@ -236,8 +236,8 @@ def test_svrg_is_the_loop_by_hand(compile, every):
     run, start, draws = kernel._running, kernel.position, []
     next_batches = run.stream.next
     run.stream.next = lambda steps: draws.append([next_batches(steps)[0]]) or draws[-1]
-    take = run.call
-    run.call = lambda *args, **options: (take(*args, **options), draws[-1].append(run.noise[1][0][0].clone()))[0]
+    draw = run.noise.draw
+    run.noise.draw = lambda shapes: (noise := draw(shapes), draws[-1].append(noise[0].clone()))[0]
     for _ in range(2):
         kernel.advance()
     found, expected = kernel.position, by_hand(start, draws, every or 4, step_size, kernel.potential)

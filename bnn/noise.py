@@ -18,7 +18,7 @@ PyTorch's generator is used, and for large nets in double precision NumPy's SFC6
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,11 @@ class Noise:
             )
             self.program = program if program.tier == "inductor" else None
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether numbers come from the compiled loop."""
+        return self.program is not None
+
     def draw(self, shapes: Shapes) -> tuple[Tensor, ...]:
         """Independent draws from N(0, 1), in memory that stays theirs until the next draw of these shapes.
 
@@ -177,18 +182,33 @@ class Noise:
         else:
             numbers.normal_()
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Of numbers that are there already only those that nobody has seen.
-        ahead = {}
+    # ---- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """What to go on from, in plain data: the generators, and numbers that are there and that nobody has seen."""
+        ahead = []
         for shapes, buffer in self._buffers.items():
             if buffer.next < len(buffer.parts):
                 begin = buffer.parts[buffer.next][0].storage_offset()
-                ahead[shapes] = (buffer.next, begin, buffer.numbers[begin:].clone())
-        return {**self.__dict__, "_buffers": ahead}
+                ahead.append((shapes, buffer.next, begin, buffer.numbers[begin:].clone()))
+        generator = None if self._generator is None else self._generator.bit_generator.state
+        return {
+            "words": None if self._words is None else [word.clone() for word in self._words],
+            "numpy": None if generator is None else [int(number) for number in generator["state"]["state"]],
+            "ahead": ahead,
+        }
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _buffers={})
-        for shapes, (number, begin, rest) in state["_buffers"].items():
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from another source's :meth:`state`."""
+        words, numpy, self._buffers = state["words"], state["numpy"], {}
+        self._words = None if words is None else tuple(word.clone() for word in words)
+        self._generator = None
+        if numpy is not None:
+            self._generator = np.random.Generator(np.random.SFC64())
+            kept = self._generator.bit_generator.state
+            self._generator.bit_generator.state = {**kept, "state": {"state": np.array(numpy, dtype=np.uint64)}}
+        for shapes, number, begin, rest in state["ahead"]:
+            shapes = tuple(tuple(shape) for shape in shapes)
             buffer = self._buffers[shapes] = self._empty(shapes)
             if buffer.numbers[begin:].shape == rest.shape:  # else it was made by other means, and is drawn anew
                 buffer.numbers[begin:] = rest

@@ -23,6 +23,7 @@ from bnn.guides._estimate import Estimate, Estimator, Settings
 from bnn.guides._thin import Thin
 from bnn.minibatch import Stream
 from bnn.model_graph import ModelGraph
+from bnn.noise import Noise
 from bnn.randomness import kept_randomness
 from bnn.ranks import Ranks
 from bnn.recording import record
@@ -102,6 +103,8 @@ class Step:
             self.estimator.thin.clear()  # thin factors of one rank's rows give no size of the whole step
         self._programs: dict[Any, _Recorded] = {}
         self._noises: list[Tensor] = []
+        alike = len({site.dtype for site in self.graph.structure.sites.values()}) == 1 and self.share is None
+        self._noise = Noise(self.graph.structure.dtype, device, settings.compile if alike else "fx")
         self.forgotten: list[str] = []
 
     @property
@@ -202,12 +205,14 @@ class Step:
         self._programs.clear()
 
     def state(self) -> dict[str, Any]:
-        """The position in the order of rows, and the sites that are not captured any more, for a checkpoint."""
-        return {"rows": self._stream.rows_state(), "forgotten": list(self.forgotten)}
+        """For a checkpoint: the position in the order of rows, sites that are not captured any more, the noise."""
+        rows = self._stream.rows_state()
+        return {"rows": rows, "forgotten": list(self.forgotten), "noise": self._noise.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from another step's :meth:`state`."""
         self._stream.load_rows_state(state["rows"])
+        self._noise.load_state(state["noise"])
         if state["forgotten"] and self.estimator.capture is not None:
             for name in state["forgotten"]:
                 self.estimator.capture.uses.pop(name, None)
@@ -215,8 +220,10 @@ class Step:
 
     def _draw(self, params: Sequence[Params], statistics: bool) -> list[Tensor]:
         """Standard normal numbers for each block, into memory that stays; none where layers draw their own."""
+        count = self.settings.num_particles
+        if self._noise.is_compiled:
+            return list(self._noise.draw(tuple((count, *p["loc"].shape) for p in params)))
         if not self._noises:
-            count = self.settings.num_particles
             self._noises = [p["loc"].new_empty((count, *p["loc"].shape)) for p in params]
         local = self.settings.noise == "local" and not statistics
         for block, noise in zip(self.guide.blocks, self._noises, strict=True):

@@ -9,7 +9,7 @@ from bnn.saved_state import dumps, loads
 
 # Attributes of a Run that change while it runs. What is not here, a new setup makes again: programs, data, shapes.
 CHANGING = (
-    "state", "metric", "anchoring", "stream", "noise", "_numbers", "_phases", "step", "draws", "last_stats", "stopped",
+    "state", "metric", "anchoring", "stream", "_numbers", "_phases", "step", "draws", "last_stats", "stopped",
     "any_stopped", "stopped_at", "record",
 )  # fmt: skip
 
@@ -19,6 +19,7 @@ def state_of(kernel: StochasticGradientKernel) -> bytes:
     run = kernel._running
     state = {
         "run": {name: getattr(run, name) for name in CHANGING},
+        "noise": run.noise.state(),
         "kernel": {name: getattr(kernel, name) for name in kernel.changing},
     }
     return dumps(state, _made_anew(kernel))
@@ -30,6 +31,7 @@ def restore(kernel: StochasticGradientKernel, state: bytes) -> None:
     found = loads(state, _made_anew(kernel), run.potential.device)
     vars(run).update(found["run"])
     vars(kernel).update(found["kernel"])
+    run.noise.load_state(found["noise"])
     run.params = None
 
 
@@ -43,7 +45,6 @@ def _made_anew(kernel: StochasticGradientKernel) -> dict[str, Any]:
         "potential": run.potential,
         "sites": run.potential.sites,
         "share": run.potential.share,
-        "noise": run.noise.program,
         "ranks": kernel.ranks,
         "batches": kernel.batches,
         "variance_reduction": kernel.variance_reduction,

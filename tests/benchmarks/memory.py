@@ -99,6 +99,8 @@ ROWS: dict[str, Start] = {
     "cyclical SGHMC": kernel(k.CyclicalSGHMC, cycle_length=6, **SLOW),
     "GGMC": kernel(k.GGMC, **SLOW),
     "AMAGOLD": kernel(k.AMAGOLD, num_steps=2, **SLOW),
+    "MaSDE, diagonal": kernel(k.MaSDE, step_size=1e-10, diffusion=torch.ones_like),
+    "ConstantSGD": kernel(k.ConstantSGD, step_size=1e-10),
     "SGLD, inductor": kernel(k.SGLD, step_size=1e-10, compile="inductor"),
     "SGHMC, inductor": kernel(k.SGHMC, **SLOW, compile="inductor"),
     "AutoNormal, Adam (Pyro)": guide(AutoNormal, adam, Trace_ELBO, init_scale=1e-3),
@@ -109,6 +111,8 @@ ROWS: dict[str, Start] = {
     "AutoSWAG, rank 3": guide(guides.AutoSWAG, sgd, guides.TraceEnsemble_ELBO, rank=3),
     "AutoEnsemble, 1 member, Adam": guide(guides.AutoEnsemble, adam, guides.TraceEnsemble_ELBO, members=1),
     "AutoEnsemble, 4 members, Adam": guide(guides.AutoEnsemble, adam, guides.TraceEnsemble_ELBO, members=4),
+    "AutoRankOne": guide(guides.AutoRankOne, adam, guides.TraceEnsemble_ELBO),
+    "AutoDropout": guide(guides.AutoDropout, adam, guides.TraceDropout_ELBO),
     "AutoIVON": guide(guides.AutoIVON, guides.IVON, guides.TraceEnsemble_ELBO),
 }
 

@@ -3,8 +3,7 @@
     python tests/benchmarks/noise.py [--quick] [--sizes 480000 10000000] [--csv FILE]
 
 Each generator fills a tensor that is there already, on one thread; nanoseconds of the processor per number, the least
-and the median of some rounds in which all take turns. Box-Muller is by PyTorch's vectorized operations in blocks that
-fit the cache, on SFC64's bits; with `compiled` inductor makes one loop of it. Quality, of 2^22 numbers: the p-value of
+and the median of some rounds in which all take turns. Quality, of 2^22 numbers: the p-value of
 Kolmogorov and Smirnov's test, and the largest of five scores that are standard normal if the numbers are (mean,
 variance, skewness, kurtosis, correlation of neighbours): beyond 3.7 one good generator in a thousand. `step` is the
 change of a whole step of SGLD on M of `nets.py` in that precision, were its noise drawn so.
@@ -18,6 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from tables import show  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bnn.kernels import SGLD  # noqa: E402
+from bnn.noise import Noise, Shapes  # noqa: E402
 
-BLOCK = 1 << 16
+OURS = "bnn.noise, compiled"
 Fill = Callable[[Tensor], object]
 
 
@@ -48,27 +49,10 @@ def by_numpy(kind: Any) -> Fill:
     return fill
 
 
-def box_muller(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Two normal numbers out of two words of 32 bits."""
-    uniform = bits.to(torch.float32) * 2.0**-32  # from -1/2 to 1/2
-    first, second = uniform.chunk(2)
-    radius = torch.sqrt(-2.0 * torch.log(first.abs() * 2.0 + 2.0**-33))
-    angle = second * (2.0 * math.pi)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
-
-
-def by_box_muller(compiled: bool) -> Fill:
-    generator = np.random.Generator(np.random.SFC64(20))
-    pairs = torch.compile(box_muller) if compiled else box_muller
-
-    def fill(out: Tensor) -> None:
-        for start in range(0, out.numel(), BLOCK):
-            part = out[start : start + BLOCK]
-            words = generator.integers(0, 2**64, size=BLOCK // 2, dtype=np.uint64, endpoint=False)
-            found = torch.cat(pairs(torch.from_numpy(words.view(np.int32))))
-            part.copy_(found[: len(part)])
-
-    return fill
+def by_library(dtype: torch.dtype) -> Fill:
+    """The library's own compiled loop, in its own memory."""
+    noise = Noise(dtype, torch.device("cpu"), "inductor")
+    return lambda out: noise.draw((tuple(out.shape),))[0]
 
 
 def generators(dtype: torch.dtype, quick: bool) -> dict[str, Fill]:
@@ -79,11 +63,10 @@ def generators(dtype: torch.dtype, quick: bool) -> dict[str, Fill]:
         "NumPy, Philox": by_numpy(np.random.Philox),
     }
     if dtype == torch.float32:
-        rows["Box-Muller on SFC64"] = by_box_muller(compiled=False)
         if has_compiler() and not quick:
-            rows["Box-Muller on SFC64, compiled"] = by_box_muller(compiled=True)
-            randn = torch.compile(lambda out: torch.randn_like(out))
-            rows["inductor's randn"] = randn
+            rows["inductor's randn"] = torch.compile(lambda out: torch.randn_like(out))
+    if has_compiler():
+        rows[OURS] = by_library(dtype)
     return rows
 
 
@@ -102,8 +85,8 @@ def quality(fill: Fill, dtype: torch.dtype, count: int) -> tuple[float, float]:
     return float(stats.kstest(x, "norm").pvalue), float(np.abs(scores).max())
 
 
-def seconds_of_step(dtype: torch.dtype) -> float:
-    """Least seconds of a bare step of SGLD on M, noise and all."""
+def stepping(dtype: torch.dtype, noise: Any = None) -> Callable[[], object]:
+    """A bare step of SGLD on M in the fx tier, with noise of its own or of another source."""
     case = CASES["M"]
     torch.set_default_dtype(dtype)
     try:
@@ -111,10 +94,76 @@ def seconds_of_step(dtype: torch.dtype) -> float:
         kernel.num_chains, kernel.num_samples = 1, 10
         x, y = case.data
         kernel.setup(0, x.to(dtype), y)
-        with torch.no_grad():
-            return min(taken(lambda: kernel._run.call(1, observed=False)) for _ in range(30))
     finally:
         torch.set_default_dtype(torch.float32)
+    run = kernel._running
+    run.noise = run.noise if noise is None else noise
+    return lambda: run.call(1, observed=False)
+
+
+def seconds_of_step(dtype: torch.dtype) -> float:
+    """Least seconds of the processor for a bare step of SGLD on M, noise and all."""
+    step = stepping(dtype)
+    with torch.no_grad():
+        return min(taken(step) for _ in range(30))
+
+
+class Ahead:
+    """PyTorch's generator on a thread of its own: it fills the memory of the next step while this one computes."""
+
+    def __init__(self) -> None:
+        self.generator, self.worker = torch.Generator().manual_seed(0), ThreadPoolExecutor(1)
+        self.buffers: list[list[Tensor]] = []
+        self.filled: Any = None
+
+    def fill(self) -> list[Tensor]:
+        tensors = self.buffers[0]
+        self.buffers.reverse()
+        for tensor in tensors:
+            tensor.normal_(generator=self.generator)
+        return tensors
+
+    def draw(self, shapes: Shapes) -> list[Tensor]:
+        if self.filled is None:
+            self.buffers = [[torch.empty(shape, dtype=torch.float32) for shape in shapes] for _ in range(2)]
+            self.filled = self.worker.submit(self.fill)
+        tensors: list[Tensor] = self.filled.result()
+        self.filled = self.worker.submit(self.fill)
+        return tensors
+
+
+class Without:
+    """No noise: what a step takes besides."""
+
+    def draw(self, shapes: Shapes) -> list[Tensor]:
+        return [torch.zeros(1).expand(shape) for shape in shapes]
+
+
+def overlap(rounds: int, quick: bool) -> list[dict[str, Any]]:
+    """Milliseconds on the clock of a step of SGLD on M, its noise drawn before it, beside it or by the library."""
+    rows = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        steps = {"PyTorch, before the step": stepping(torch.float32)}
+        steps["PyTorch, beside the step"] = stepping(torch.float32, Ahead())
+        if has_compiler():
+            steps[OURS] = stepping(torch.float32, Noise(torch.float32, torch.device("cpu"), "inductor"))
+        steps["none"] = stepping(torch.float32, Without())
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        with torch.no_grad():
+            for number in range(rounds + 1):
+                for name, step in steps.items():
+                    step()
+                    start = time.perf_counter()
+                    for _ in range(2 if quick else 20):
+                        step()
+                    if number:
+                        times[name].append(1e3 * (time.perf_counter() - start) / (2 if quick else 20))
+        for name, values in times.items():
+            ratio = statistics.median(a / b for a, b in zip(values, times["PyTorch, before the step"], strict=True))
+            rows.append({"threads": threads, "noise": name, "ms": statistics.median(values), "ratio": ratio})
+    torch.set_num_threads(1)
+    return rows
 
 
 def taken(function: Callable[[], object]) -> float:
@@ -169,6 +218,8 @@ def main() -> None:
             rows += measure(dtype, size, step, options)
         print(f"A step of SGLD on M in {dtype}: {1e3 * step:.2f} ms.\n", flush=True)
     show(rows, options.csv)
+    print("\nA step of SGLD on M in single precision, on the clock of a machine that has two cores to spare:\n")
+    show(overlap(options.rounds, options.quick))
 
 
 if __name__ == "__main__":

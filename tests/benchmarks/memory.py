@@ -111,8 +111,8 @@ ROWS: dict[str, Start] = {
     "AutoSWAG, rank 3": guide(guides.AutoSWAG, sgd, guides.TraceEnsemble_ELBO, rank=3),
     "AutoEnsemble, 1 member, Adam": guide(guides.AutoEnsemble, adam, guides.TraceEnsemble_ELBO, members=1),
     "AutoEnsemble, 4 members, Adam": guide(guides.AutoEnsemble, adam, guides.TraceEnsemble_ELBO, members=4),
-    "AutoRankOne": guide(guides.AutoRankOne, adam, guides.TraceEnsemble_ELBO),
-    "AutoDropout": guide(guides.AutoDropout, adam, guides.TraceDropout_ELBO),
+    "AutoRankOne, 1 member, Adam": guide(guides.AutoRankOne, adam, guides.TraceEnsemble_ELBO),
+    "AutoDropout, 8 masks, Adam": guide(guides.AutoDropout, adam, guides.TraceDropout_ELBO),
     "AutoIVON": guide(guides.AutoIVON, guides.IVON, guides.TraceEnsemble_ELBO),
 }
 

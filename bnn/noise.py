@@ -8,8 +8,8 @@ and two of its outputs two normal numbers, by Box and Muller (1958): with u and 
 
     √(−2 log u) cos 2πv   and   √(−2 log u) sin 2πv.
 
-Compiled, many generators side by side fill the processor's vector units: 1 ns a number in single precision, where PyTorch
-takes 2.8 and is the fastest otherwise, and 2.3 in double, where PyTorch takes 16 and NumPy 8
+Compiled, many generators side by side fill the processor's vector units: 1 ns a number in single precision, where
+PyTorch takes 2.8 and is the fastest otherwise, and 2.3 in double, where PyTorch takes 16 and NumPy 8
 (``tests/benchmarks/noise.py``). The loop is the same for every model, so that it is compiled once on a machine; it runs
 on as many threads as the rest of the step, and its numbers do not depend on how many. Where nothing is compiled,
 PyTorch's generator is used, and for large nets in double precision NumPy's SFC64.

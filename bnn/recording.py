@@ -6,7 +6,8 @@ The graph then runs in one of two tiers:
 * ``fx``: the graph after a peephole pass, as generated Python that calls PyTorch's own bindings. Needs no compiler.
 * ``inductor``: the graph compiled by TorchInductor into C++ (CPU) or Triton (CUDA).
 
-Every private name of PyTorch that this project needs stands in this file and in :mod:`bnn.one_kernel`.
+Every private name of PyTorch that this project needs stands in this file, in :mod:`bnn.one_kernel` and in
+:mod:`bnn.onednn`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bnn.graph_constants import Lifted, fold_constants, lift_constants, send_num
 from bnn.in_place import reuse_memory
 from bnn.loop_rewrites import expand_small_products, expand_tanh, turn_narrow_products
 from bnn.one_kernel import one_kernel, written_modules
+from bnn.onednn import use_onednn
 from bnn.out_of_place import out_of_place
 from bnn.peephole import hoist_views, is_random, peephole, replace
 from bnn.randomness import kept_randomness
@@ -247,6 +249,7 @@ def run_fx(graph_module: GraphModule) -> Callable[..., tuple[torch.Tensor, ...]]
     peephole(graph_module)
     hoisted = hoist_views(graph_module)
     reuse_memory(graph_module)
+    use_onednn(graph_module, compiled=False)
     _use_bindings(graph_module)
     lifted = lift_constants(graph_module)
     # As defaults of the generated function, constants cost nothing per call.
@@ -275,6 +278,7 @@ def run_inductor(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> C
         turn_narrow_products(graph_module)
         expand_small_products(graph_module)
         expand_tanh(graph_module)
+        use_onednn(graph_module, compiled=True)
     lifted = lift_constants(graph_module)
     try:
         with torch.no_grad(), warnings.catch_warnings():

@@ -8,14 +8,9 @@ its result bit for bit.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -23,6 +18,7 @@ from torch.fx import GraphModule
 from bnn.cuda_graphs import captured
 from bnn.randomness import kept_randomness
 from bnn.recording import run_fx, run_inductor
+from bnn.timings import Timings
 
 TIERS = ("auto", "inductor", "fx", "cuda_graph", "handlers")
 
@@ -120,7 +116,7 @@ def choose(
     program = Program(plain or run_fx(graph_module), "fx")
     if compile == "fx" or calls <= 0:
         return program
-    memory = _Memory(graph_module, inputs)
+    memory = Timings(f"tier-{_hash_of(graph_module, inputs)}")
     if "fx" not in memory.seconds:
         memory.store("fx", _seconds(program, inputs))
     if calls * memory.seconds["fx"] < seconds_to_repay:
@@ -170,31 +166,3 @@ def _hash_of(graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> str:
         *sorted({torch.cuda.get_device_name(t.device) for t in inputs if t.is_cuda}),
     ]
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:32]
-
-
-class _Memory:
-    """Timings of one program on this machine, in a file beside inductor's cache."""
-
-    def __init__(self, graph_module: GraphModule, inputs: Sequence[torch.Tensor]) -> None:
-        self.path = _cache_folder() / f"bnn-tier-{_hash_of(graph_module, inputs)}.json"
-        try:
-            self.seconds: dict[str, float] = {k: float(v) for k, v in json.loads(self.path.read_text()).items()}
-        except (OSError, ValueError):
-            self.seconds = {}
-
-    def store(self, tier: str, seconds: float) -> None:
-        self.seconds[tier] = seconds
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                json.dump(self.seconds, file)
-            os.replace(file.name, self.path)
-        except OSError:  # a read-only cache only costs the next run its memory
-            pass
-
-
-def _cache_folder() -> Path:
-    from torch._inductor.runtime.runtime_utils import cache_dir
-
-    folder: Any = cache_dir()
-    return Path(folder)

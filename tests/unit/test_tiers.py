@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bnn import tiers
+from bnn import tiers, timings
 from bnn.recording import record
 
 X = torch.linspace(0, 1, 50)
@@ -18,7 +18,7 @@ def graph():
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiers, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(timings, "cache_folder", lambda: tmp_path)
     return tmp_path
 
 

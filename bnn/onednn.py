@@ -10,7 +10,6 @@ takes a third longer without.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +42,14 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def _dense(matrix: Tensor) -> Tensor:
     """The matrix without gaps: for a part of another one oneDNN has a loop that takes a thousand times as long."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for matrices, by whichever library is faster; of leaves that want gradients by PyTorch's."""
+    wants_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    if not wants_grad and _is_large(a, b) and is_faster():
+        return product(a, b)
+    return a @ b
 
 
 def product_into(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor) -> Tensor:
@@ -81,13 +88,17 @@ def _factors(node: Node) -> tuple[Node, Node, Node | None] | None:
         return None
     if set(node.kwargs) - {"out"} or not (isinstance(a, Node) and isinstance(b, Node)):
         return None
-    one, two = shape_of(a), shape_of(b)
-    if one is None or two is None or 2 * math.prod(one) * two[1] < LEAST_WORK or one[1] < LEAST_TERMS:
+    if shape_of(a) is None or shape_of(b) is None or not _is_large(a.meta["val"], b.meta["val"]):
         return None
-    given = [factor for factor in (a, b, bias) if isinstance(factor, Node)]
-    if any(factor.meta["val"].dtype != torch.float32 or factor.meta["val"].device.type != "cpu" for factor in given):
-        return None
-    return None if bias is not None and shape_of(bias) != (two[1],) else (a, b, bias)
+    if bias is None:
+        return a, b, None
+    return (a, b, bias) if isinstance(bias, Node) and shape_of(bias) == (b.meta["val"].shape[1],) else None
+
+
+def _is_large(a: Tensor, b: Tensor) -> bool:
+    """Whether the product is worth a call of oneDNN, which knows single precision."""
+    known = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
+    return known and 2 * a.numel() * b.shape[1] >= LEAST_WORK and a.shape[1] >= LEAST_TERMS
 
 
 @functools.cache

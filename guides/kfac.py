@@ -42,6 +42,7 @@ from bnn.guides._ranks import agree, owners_of
 from bnn.guides._running_means import RunningMeans
 from bnn.guides.block_tridiagonal import BlockTridiagonal, Moments
 from bnn.guides.matrix_normal import MatrixBlock
+from bnn.onednn import matmul
 from bnn.ranks import Ranks
 
 ADAPT_EVERY, DECAY = 5, (19 / 20) ** 5
@@ -309,7 +310,7 @@ class PointEstimate:
         for number, matrix in joined.items():
             if number not in in_chains:
                 inputs, outputs = self._inverses[number]
-                results[number] = outputs @ matrix @ inputs
+                results[number] = matmul(matmul(outputs, matrix), inputs)
         for number, result in results.items():
             for name, value in sites.blocks[number].split(result).items():
                 buffers[name].copy_(value)
@@ -329,20 +330,20 @@ class PointEstimate:
         """(g S⁻¹)ᵀ (ā A⁻¹), straight into the buffers, and the prior's part; a bound on ∇hᵀ of it, if there is need."""
         inverse_a, inverse_s = self._inverses[number]
         thin = found["inputs", number], found["outputs", number]
-        inputs, outputs = thin[0] @ inverse_a, thin[1] @ inverse_s
+        inputs, outputs = matmul(thin[0], inverse_a), matmul(thin[1], inverse_s)
         if prior:
             gradient = {name: found["prior", name] for name in block.names}
-            direction = block.split(inverse_s @ block.join(gradient) @ inverse_a)
+            direction = block.split(matmul(matmul(inverse_s, block.join(gradient)), inverse_a))
             self._prior.update(direction)
             self._prior_length[number] = inner(gradient, direction).clamp_min(0.0).sqrt()
         for position, site in enumerate(block.sites):
             columns = inputs[:, :1] if position else inputs[:, block.has_bias :]
             left, right = (columns, outputs) if block.transposed and not position else (outputs, columns)
             buffer = self._leaves.buffers[site.name].view(left.shape[1], right.shape[1])
-            torch.addmm(self._prior[site.name].view_as(buffer), left.mT, right, alpha=-1.0, out=buffer)
+            torch.sub(self._prior[site.name].view_as(buffer), matmul(left.mT, right), out=buffer)
         if self.trust_region is None or self.rescale:
             return inputs.new_zeros(())
-        products = inner({"": inputs @ thin[0].mT}, {"": outputs @ thin[1].mT})
+        products = inner({"": matmul(inputs, thin[0].mT)}, {"": matmul(outputs, thin[1].mT)})
         return (products.clamp_min(0.0).sqrt() + self._prior_length[number]).square()
 
     def _rescale(self, point: Point, batch: Minibatch, leaves: Mapping[str, Tensor]) -> None:

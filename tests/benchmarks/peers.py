@@ -51,6 +51,7 @@ def loop(case: Case, kernel: str, chains: int, compiled: bool) -> Step:
         return z + h * r, r
 
     if compiled:
+        torch.compiler.reset()  # what it learnt of another case would make numbers of this one variables
         update = torch.compile(update)
 
     def step() -> None:

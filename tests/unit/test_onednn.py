@@ -5,7 +5,7 @@ import torch
 from torch.fx import GraphModule
 
 from bnn import onednn, timings
-from bnn.onednn import product, product_into, use_onednn
+from bnn.onednn import matmul, product, product_into, use_onednn
 from bnn.recording import record, run_fx, run_inductor
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch has no oneDNN here")
@@ -56,6 +56,29 @@ def test_no_layout_takes_oneDNNs_slow_loop(layout):
     start = time.process_time()
     product(a, b)
     assert time.process_time() - start < 0.1
+
+
+@pytest.mark.usefixtures("faster")
+def test_a_product_that_wants_gradients_has_them():
+    a, b = torch.randn(200, 300, requires_grad=True), torch.randn(300, 250)
+    with torch.no_grad():
+        plain = matmul(a, b)
+    found = matmul(a, b)
+    assert found.requires_grad and not plain.requires_grad
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+    (grad,) = torch.autograd.grad(found.sum(), a)
+    torch.testing.assert_close(grad, b.sum(1).expand(200, 300))
+
+
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize(
+    ("size", "dtype", "ours"), [(300, torch.float32, 1), (100, torch.float32, 0), (300, torch.float64, 0)]
+)
+def test_which_products_go_to_oneDNN(size, dtype, ours, monkeypatch):
+    asked = []
+    monkeypatch.setattr(onednn, "product", lambda a, b: asked.append(1) or a @ b)
+    matmul(torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype))
+    assert len(asked) == ours
 
 
 def step(x, w, v):

@@ -40,6 +40,9 @@ MOST_BLOCKS = 16
 # Seconds that PyTorch's generator must take before the compilation, about five seconds when cold, can repay itself.
 SECONDS_TO_REPAY = 5.0
 
+# Numbers below which it never takes so long: then nothing is recorded or timed.
+FEWEST = 10**8
+
 # Numbers from which on NumPy's generator pays in double precision.
 LARGE = 1 << 16
 
@@ -129,7 +132,8 @@ class Noise:
         self._words: Words | None = None
         self._generator: np.random.Generator | None = None
         self._buffers: dict[Shapes, _Buffer] = {}
-        if compile in ("auto", "inductor") and device.type == "cpu" and dtype in (torch.float32, torch.float64):
+        worth = compile == "inductor" or (compile == "auto" and numbers >= FEWEST)
+        if worth and device.type == "cpu" and dtype in (torch.float32, torch.float64):
             example = [torch.empty(ROUNDS, LANES, dtype=dtype), *start(np.random.SeedSequence(0))]
             graph = write_back(record(normal_numbers, example))
             calls = numbers // BLOCK

@@ -29,9 +29,6 @@ LEAST_WORK, LEAST_TERMS = 8_000_000, 48
 # How much longer MKL must take: twice on an EPYC with AVX-512, not at all on Intel's processors.
 WORTHWHILE = 1.3
 
-_LIBRARY = torch.library.Library("bnn", "DEF")
-_LIBRARY.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
-
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product of two matrices, plus a vector to each row; single precision."""
@@ -57,8 +54,10 @@ def product_into(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tenso
     return out.copy_(product(a, b, bias))
 
 
-_LIBRARY.impl("product", product, "CPU")
-_LIBRARY.impl("product", lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]), "Meta")
+if not hasattr(torch.ops.bnn, "product"):  # it stays where a module is loaded again
+    torch.library.define("bnn::product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+    torch.library.impl("bnn::product", "cpu", product)
+    torch.library.register_fake("bnn::product", lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]))
 
 
 def use_onednn(graph_module: GraphModule, compiled: bool) -> None:

@@ -2,7 +2,8 @@
 
 ``auto`` times both on this machine and keeps the faster, but compiles only where the run is long enough to repay it.
 The timings are kept beside inductor's own cache, so that the same run chooses the same tier again and a seed fixes
-its result bit for bit.
+its result bit for bit. Compiled runs draw their noise from generators of their own (:mod:`bnn.noise`), which PyTorch's
+seeds: the tiers give other numbers of the same law.
 """
 
 from __future__ import annotations

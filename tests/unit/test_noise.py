@@ -12,7 +12,8 @@ from scipy import stats
 from bnn.checkpoints import _plain
 from bnn.kernels import SGLD
 from bnn.kernels._run_state import restore, state_of
-from bnn.noise import BLOCK, LANES, LARGE, ROUNDS, Noise, _blocks, normal_numbers, sfc32, start
+from bnn.noise import BLOCK, FEWEST, LANES, LARGE, ROUNDS, Noise, _blocks, normal_numbers, sfc32, start
+from bnn.tiers import Program
 
 CPU = torch.device("cpu")
 DIM = LARGE + 1001
@@ -176,6 +177,26 @@ def test_the_seed_fixes_the_numbers_and_sources_differ():
     assert abs(score) < 5
     pyro.set_rng_seed(4)
     assert not torch.equal(drawn(), first)
+
+
+def test_a_short_run_records_nothing(monkeypatch):
+    monkeypatch.setattr("bnn.noise.record", None)
+    assert not Noise(torch.float32, CPU, "auto", FEWEST - 1).is_compiled
+    with pytest.raises(TypeError):
+        Noise(torch.float32, CPU, "auto", FEWEST)
+
+
+@pytest.mark.parametrize(("tier", "compiled"), [("fx", False), ("inductor", True)])
+def test_a_resumed_run_keeps_to_what_was_decided(tier, compiled, monkeypatch):
+    decided = {}
+
+    def choose(graph, inputs, compile, calls, found, **others):
+        assert (compile, calls) == ("auto", FEWEST // BLOCK) and found is decided
+        assert others["plain"](*inputs)[0] is inputs[0]
+        return Program(None, tier)
+
+    monkeypatch.setattr("bnn.noise.choose", choose)
+    assert Noise(torch.float32, CPU, "auto", FEWEST, decided).is_compiled == compiled
 
 
 def test_few_numbers_are_left_over():

@@ -1,5 +1,7 @@
 """Large products go to oneDNN where that is faster, whatever their strides, and are the same."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch.fx import GraphModule
@@ -103,6 +105,15 @@ def test_programs_compute_the_same(tier, monkeypatch):
     expected = step(*(tensor.double() for tensor in INPUTS))
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-4)
+
+
+def test_the_module_can_be_loaded_again():
+    before = torch.ops.bnn.product.default
+    again = importlib.util.module_from_spec(onednn.__spec__)
+    onednn.__spec__.loader.exec_module(again)
+    a = torch.randn(5, 4)
+    assert torch.ops.bnn.product.default is before
+    torch.testing.assert_close(before(a, a.t(), None), a @ a.t())
 
 
 def targets(function, inputs, compiled=False):

@@ -37,7 +37,7 @@ BLOCK = LANES * ROUNDS
 # Blocks that are filled at once, at most, where one step needs less than a block's numbers.
 MOST_BLOCKS = 16
 
-# Seconds that PyTorch's generator must take before the compilation, about five seconds when cold, can repay itself.
+# Seconds that PyTorch's generator must take before the compilation, five to ten seconds when cold, can repay itself.
 SECONDS_TO_REPAY = 5.0
 
 # Numbers below which it never takes so long: then nothing is recorded or timed.

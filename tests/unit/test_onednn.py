@@ -129,6 +129,7 @@ def targets(function, inputs, compiled=False):
     [
         (lambda a, b: (a @ b,), (torch.randn(100, 100), torch.randn(100, 100))),  # small
         (lambda a, b: (a @ b,), (torch.randn(900, 20), torch.randn(20, 900))),  # few terms a number
+        (lambda a, b: (a @ b,), (torch.randn(70_000, 64), torch.randn(64, 1))),  # hardly a matrix
         (lambda a, b: (a @ b,), (torch.randn(300, 300).double(), torch.randn(300, 300).double())),
         (lambda a, b: (torch.addmm(a, a, b),), (torch.randn(300, 300), torch.randn(300, 300))),  # no vector is added
         (lambda a, b: (torch.addmm(a[0], a, b, beta=2.0),), (torch.randn(300, 300), torch.randn(300, 300))),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.fx import GraphModule, Node
 
 from bnn.peephole import shape_of
@@ -55,9 +55,9 @@ def product_into(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tenso
 
 
 if not hasattr(torch.ops.bnn, "product"):  # it stays where a module is loaded again
-    torch.library.define("bnn::product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
-    torch.library.impl("bnn::product", "cpu", product)
-    torch.library.register_fake("bnn::product", lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]))
+    library.define("bnn::product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+    library.impl("bnn::product", "cpu", product)
+    library.register_fake("bnn::product", lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]))
 
 
 def use_onednn(graph_module: GraphModule, compiled: bool) -> None:
